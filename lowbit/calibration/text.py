@@ -1,0 +1,93 @@
+"""Text for calibration and evaluation: named, digested, packed to a length.
+
+Where nothing is named, text is CPython's own help (``pydoc_data.topics``, about 700 kB of English that every Python
+ships), its topics dealt alternately to the two roles, so that no passage serves both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lowbit import digest
+from lowbit.arrays import Int, Tensor
+from lowbit.errors import CalibrationError
+
+Role = Literal["calibration", "evaluation"]
+DEFAULT = "pydoc"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A named text and the sha256 of its bytes."""
+
+    name: str
+    content: str
+
+    @property
+    def digest(self) -> str:
+        return digest.of_bytes(self.content.encode())
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token windows of one length cut from a text, and where they came from."""
+
+    ids: Int[Tensor, "windows length"]
+    text: str
+    text_digest: str
+    seed: int | None
+
+    @property
+    def digest(self) -> str:
+        """Identity of exactly these tokens."""
+        return digest.of_tensor(self.ids)
+
+
+def read(name: str, role: Role) -> Text:
+    """The text of a file, or of the built-in name ``pydoc`` in its role."""
+    if name == DEFAULT:
+        return Text(f"{DEFAULT}:{role}", _pydoc(role))
+    path = Path(name).expanduser()
+    try:
+        return Text(path.name, path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise CalibrationError("is no text file", where=name, fix=f"a UTF-8 file, or {DEFAULT!r}") from None
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"is not UTF-8: {error}", where=name) from error
+
+
+def sample(text: Text, tokenizer: Any, samples: int, length: int, seed: int | None) -> Tokens:
+    """``samples`` non-overlapping windows of ``length`` tokens; the first ones, or drawn with ``seed``.
+
+    The whole text is tokenized once, without special tokens. Raises CalibrationError when it is too short.
+    """
+    ids = encode(text, tokenizer)
+    windows = ids.numel() // length
+    if windows < samples:
+        raise CalibrationError(
+            f"has {ids.numel()} tokens, {samples} windows of {length} need {samples * length}", where=text.name,
+            why="statistics from fewer tokens than asked would be reported as more",
+            fix=f"a longer text, at most {windows} samples, or a shorter length",
+        )  # fmt: skip
+    chosen = torch.arange(samples)
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(windows, generator=generator)[:samples].sort().values
+    return Tokens(ids[: windows * length].view(windows, length)[chosen], text.name, text.digest, seed)
+
+
+def encode(text: Text, tokenizer: Any) -> Int[Tensor, "tokens"]:
+    """All tokens of a text, without special tokens."""
+    encoded = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(encoded, dtype=torch.int64)
+
+
+def _pydoc(role: Role) -> str:
+    from pydoc_data.topics import topics
+
+    first = 0 if role == "calibration" else 1
+    return "\n\n".join(topics[name] for name in sorted(topics)[first::2])

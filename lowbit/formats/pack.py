@@ -1,0 +1,85 @@
+"""Dense packing of small integers into bytes, row by row.
+
+A row of ``n`` codes of ``b`` bits is a little-endian bit stream: code ``j`` occupies bits ``j*b .. j*b+b-1``,
+bit 0 being the least significant bit of byte 0. Rows start on a byte, so any slice of rows can be unpacked
+alone. Three levels are packed in base 3, five to a byte (1.6 bits), least significant digit first.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from lowbit.arrays import Int, Tensor, UInt8
+
+TRITS_PER_BYTE = 5
+
+
+def bits_for(levels: int) -> int:
+    """Bits of one packed code with ``levels`` distinct values (2..256); 0 stands for base 3."""
+    return 0 if levels == 3 else max(1, math.ceil(math.log2(levels)))
+
+
+def row_bytes(columns: int, levels: int) -> int:
+    """Bytes that one row of ``columns`` codes occupies, padding to a whole byte included."""
+    bits = bits_for(levels)
+    return math.ceil(columns / TRITS_PER_BYTE) if bits == 0 else math.ceil(columns * bits / 8)
+
+
+def pack(codes: Int[Tensor, "rows columns"], levels: int) -> UInt8[Tensor, "rows bytes"]:
+    """Codes in ``0..levels-1`` as bytes; cost O(rows * columns)."""
+    bits, (rows, columns) = bits_for(levels), codes.shape
+    if bits == 8:
+        return codes.to(torch.uint8).contiguous()
+    if bits == 0:
+        digits = _pad(codes, TRITS_PER_BYTE).to(torch.uint8).view(rows, -1, TRITS_PER_BYTE)  # (rows, bytes, 5)
+        return (digits * _powers_of_three(codes.device)).sum(-1, dtype=torch.int32).to(torch.uint8)
+    if bits in (1, 2, 4):
+        per = 8 // bits
+        fields = _pad(codes, per).to(torch.uint8).view(rows, -1, per)  # (rows, bytes, per)
+        packed = fields[..., 0].clone()
+        for i in range(1, per):
+            packed |= fields[..., i] << (i * bits)
+        return packed
+    # Eight codes of b bits fill exactly b bytes: gather them in one 64-bit word.
+    fields64 = _pad(codes, 8).to(torch.int64).view(rows, -1, 8)  # (rows, words, 8)
+    word = fields64[..., 0].clone()
+    for i in range(1, 8):
+        word |= fields64[..., i] << (i * bits)
+    packed = torch.stack([(word >> (8 * k)) & 0xFF for k in range(bits)], dim=-1)  # (rows, words, b)
+    return packed.to(torch.uint8).view(rows, -1)[:, : row_bytes(columns, levels)].contiguous()
+
+
+def unpack(packed: UInt8[Tensor, "rows bytes"], columns: int, levels: int) -> UInt8[Tensor, "rows columns"]:
+    """The inverse of :func:`pack`; cost O(rows * columns), at most eight bytes a code of scratch."""
+    bits, rows = bits_for(levels), packed.shape[0]
+    if bits == 8:
+        return packed
+    if bits == 0:
+        digits = packed.unsqueeze(-1) // _powers_of_three(packed.device) % 3  # (rows, bytes, 5)
+        return digits.view(rows, -1)[:, :columns]
+    if bits in (1, 2, 4):
+        per, mask = 8 // bits, (1 << bits) - 1
+        out = packed.new_empty(rows, packed.shape[1], per)
+        for i in range(per):
+            torch.bitwise_and(packed >> (i * bits), mask, out=out[..., i])
+        return out.view(rows, -1)[:, :columns]
+    groups = _pad(packed, bits).to(torch.int64).view(rows, -1, bits)  # (rows, words, b)
+    word = groups[..., 0].clone()
+    for k in range(1, bits):
+        word |= groups[..., k] << (8 * k)
+    out = packed.new_empty(rows, word.shape[1], 8)
+    for i in range(8):
+        out[..., i] = (word >> (i * bits)) & ((1 << bits) - 1)
+    return out.view(rows, -1)[:, :columns]
+
+
+def _pad(x: Tensor, multiple: int) -> Tensor:
+    """Zeros on the right until the columns are a multiple."""
+    missing = -x.shape[1] % multiple
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x
+
+
+def _powers_of_three(device: torch.device) -> Tensor:
+    return torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=device)

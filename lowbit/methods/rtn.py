@@ -1,0 +1,33 @@
+"""Round to nearest: every weight to the closest value of its block's grid.
+
+Options: ``clip`` searches that many smaller ranges a block for the least squared error (0: min-max);
+``weighted`` weighs each column's error by the mean square of its inputs, which needs calibration text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowbit.calibration.stats import Moments, Stat, Stats
+from lowbit.formats.format import Format
+from lowbit.formats.qtensor import QTensor
+from lowbit.methods.base import Weight
+
+
+@dataclass(frozen=True)
+class Rtn:
+    clip: int = 0
+    weighted: bool = False
+    true_sequential: bool = False
+
+    @property
+    def needs(self) -> frozenset[type[Stat]]:
+        return frozenset({Moments}) if self.weighted else frozenset()
+
+    def __call__(self, w: Weight, stats: Stats, fmt: Format) -> QTensor:
+        importance = stats[Moments].mean_square() if self.weighted else None
+        clip = max(self.clip, 20) if self.weighted else self.clip
+        return fmt.encode(w.matrix, fmt.fit(w.matrix, importance, clip))
+
+
+METHOD = Rtn

@@ -1,0 +1,134 @@
+"""Where weights come from: safetensors files read by mmap, or a model in memory. Untrusted files are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError, safe_open
+
+from lowbit import digest
+from lowbit.arrays import Tensor
+from lowbit.errors import ModelError, WeightError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_MAX_JSON = 64 << 20
+
+
+class TensorStore(Protocol):
+    """Named tensors, one at a time."""
+
+    def names(self) -> Iterable[str]: ...
+    def get(self, name: str) -> Tensor: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def nbytes(self) -> int: ...
+    def digest(self) -> str: ...
+
+
+class Files:
+    """The safetensors files of a model directory. Headers are read and checked at once, tensors on demand."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.files = weight_files(root)
+        self._where: dict[str, tuple[Any, str]] = {}
+        for path in self.files:
+            try:
+                handle = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ModelError(
+                    f"cannot be read: {error}", where=str(path),
+                    why="the file is truncated, altered or not safetensors", fix="download or copy it again",
+                )  # fmt: skip
+            for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+                self._where[name] = (handle, path.name)
+
+    def names(self) -> Iterable[str]:
+        return self._where
+
+    def get(self, name: str) -> Tensor:
+        if name not in self._where:
+            raise WeightError(f"the weight {name!r} is missing", where=str(self.root), fix="check the shards")
+        tensor: Tensor = self._where[name][0].get_tensor(name)
+        return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._where[name][0].get_slice(name).get_shape())
+
+    def nbytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
+
+    def digest(self) -> str:
+        """sha256 over the files' sha256; reads every byte once, then remembered by size and time of change."""
+        return digest.of_value([[path.name, digest.of_file_cached(path)] for path in self.files])
+
+
+class Memory:
+    """The state of a model in memory."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.state = state
+
+    def names(self) -> Iterable[str]:
+        return self.state
+
+    def get(self, name: str) -> Tensor:
+        if name not in self.state:
+            raise WeightError(f"the weight {name!r} is missing", where="the model in memory")
+        return self.state[name].detach()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.state[name].shape)
+
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.state.values())
+
+    def digest(self) -> str:
+        return digest.of_value([[name, digest.of_tensor(self.state[name])] for name in sorted(self.state)])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of at most 64 MiB; raises ModelError otherwise."""
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise ModelError(f"larger than {_MAX_JSON >> 20} MiB", where=str(path), why="no such file is this large")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError("does not exist", where=str(path), fix="a Hugging Face model directory") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"is not JSON: {error}", where=str(path)) from error
+    if not isinstance(value, dict):
+        raise ModelError("is not a JSON object", where=str(path))
+    return value
+
+
+def weight_files(root: Path) -> list[Path]:
+    """The safetensors files of a directory, by its index when it has one.
+
+    Raises ModelError for a missing shard, for a name that leaves the directory, and for pickled weights.
+    """
+    if (root / INDEX).exists():
+        weight_map = read_json(root / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelError("has no weight_map", where=str(root / INDEX))
+        names = sorted({str(name) for name in weight_map.values()})
+        for name in names:
+            if "/" in name or "\\" in name or name.startswith("."):
+                raise ModelError(f"names a file outside its directory: {name!r}", where=str(root / INDEX))
+            if not (root / name).is_file():
+                raise ModelError(
+                    f"the shard {name!r} is missing", where=str(root),
+                    why="a model cannot be read without all its shards", fix="download the directory again",
+                )  # fmt: skip
+        return [root / name for name in names]
+    if (root / SINGLE).exists():
+        return [root / SINGLE]
+    if any(root.glob("*.bin")):
+        raise ModelError(
+            "holds pickled weights only", where=str(root), why="unpickling runs code",
+            fix="convert it to safetensors where you trust it",
+        )  # fmt: skip
+    raise ModelError("holds no model.safetensors", where=str(root), fix="a Hugging Face directory or a .gguf file")

@@ -1,0 +1,106 @@
+"""Running a model block by block: the embedding, one block at a time, the final norm and the head.
+
+The model's own forward decides masks and positions. It is run once for every batch shape with recorders in place
+of its blocks; they note the keyword arguments that each block would have been given.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lowbit.arrays import Float, Int, Tensor
+from lowbit.models.source import Source
+
+
+class Stream:
+    """A source made runnable with memory for one block (and the embedding) at a time."""
+
+    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self.source, self.dtype, self.device = source, dtype, torch.device(device)
+        self._arguments: dict[tuple[int, ...], list[_Call]] = {}
+        self._returns_tuple: bool | None = None
+        self._shell: nn.Module | None = None
+
+    def embed(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length d"]:
+        """What the first block reads; also learns what every block is called with at this shape."""
+        if self._shell is None:
+            self._shell = self._build_shell()
+        recorders = [m for m in self._shell.modules() if isinstance(m, _Recorder)]
+        if self._returns_tuple is None:
+            recorders[0].probe = self.load(0)
+        with torch.inference_mode():
+            self._shell(input_ids=tokens.to(self.device), use_cache=False)
+        self._returns_tuple = recorders[0].returns_tuple
+        self._arguments[tuple(tokens.shape)] = [r.arguments for r in recorders]
+        hidden = recorders[0].hidden
+        for recorder in recorders:
+            recorder.probe, recorder.hidden, recorder.returns_tuple = None, None, self._returns_tuple
+        assert hidden is not None  # every model calls its first block
+        return hidden
+
+    def close(self) -> None:
+        """Free the embedding; blocks can still be run."""
+        self._shell = None
+
+    def load(self, i: int) -> nn.Module:
+        """Block ``i`` with its weights."""
+        return self.source.load(self.source.blocks[i], self.dtype).to(self.device)
+
+    def run(self, i: int, block: nn.Module, hidden: Float[Tensor, "batch length d"]) -> Float[Tensor, "batch length d"]:
+        """The output of block ``i``; ``hidden`` has a batch shape that was embedded before."""
+        call = self._arguments[tuple(hidden.shape[:2])][i]
+        with torch.inference_mode():
+            out = block(hidden, *call.args, **call.kwargs)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    def _build_shell(self) -> nn.Module:
+        """The model without its head, recorders for blocks, everything else loaded."""
+        skeleton = copy.deepcopy(self.source.skeleton)
+        path, _, _ = self.source.blocks[0].rpartition(".")
+        parent, _, leaf = path.rpartition(".")
+        layers = list(skeleton.get_submodule(path).children())
+        recorders = nn.ModuleList([_Recorder(layer) for layer in layers])
+        setattr(skeleton.get_submodule(parent), leaf, recorders)
+        shell: nn.Module = skeleton.base_model
+        for name, parameter in list(shell.named_parameters()):
+            full = f"{skeleton.base_model_prefix}.{name}"
+            tensor = self.source.tensor(full, tuple(parameter.shape)).to(self.dtype)
+            module, _, attribute = name.rpartition(".")
+            shell.get_submodule(module)._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+        return shell.to(self.device)
+
+
+class _Call(NamedTuple):
+    """What a block is given beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Recorder(nn.Module):
+    """Stands for a block: passes its input on, and remembers what it was called with."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self._block = [block]  # in a list: not a submodule, only asked for its attributes
+        self.probe: nn.Module | None = None
+        self.returns_tuple: bool | None = None
+        self.hidden: Tensor | None = None
+        self.arguments = _Call((), {})
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.hidden, self.arguments = hidden, _Call(args, kwargs)
+        if self.probe is not None:
+            self.returns_tuple = isinstance(self.probe(hidden, *args, **kwargs), tuple)
+        return (hidden, None) if self.returns_tuple else hidden
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._block[0], name)

@@ -1,0 +1,125 @@
+"""Watching a block run: which linears read the same input, in which order, and the statistics of those inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lowbit.arrays import Tensor
+from lowbit.calibration.stats import Stat, Stats
+from lowbit.models.graph import is_linear
+from lowbit.models.stream import Stream
+from lowbit.pipeline.spill import Hidden
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Linears of a block whose statistics can be taken at once; each inner tuple reads one common input."""
+
+    inputs: tuple[tuple[str, ...], ...]
+
+    @property
+    def sites(self) -> list[str]:
+        return [site for shared in self.inputs for site in shared]
+
+
+def discover(stream: Stream, i: int, block: nn.Module, hidden: Hidden, sites: list[str]) -> list[Stage]:
+    """The stages of a block in order of execution, found by running one batch.
+
+    Linears are put together when they are given the very same tensor (q, k and v; gate and up). Experts of one
+    layer form a stage of their own for each matrix kind, whether or not this batch reaches them.
+    """
+    calls: list[tuple[str, Tensor]] = []
+    name = stream.source.blocks[i]
+    handles = [
+        _linear(block, name, site).register_forward_pre_hook(_remember(calls, site)) for site in sites
+    ]  # fmt: skip
+    try:
+        stream.run(i, block, hidden.data[hidden.batches()[0]])
+    finally:
+        _remove(handles)
+    shared: dict[tuple[int, int], list[str]] = {}
+    for site, x in calls:  # the tensors are alive in ``calls``, so address and width name one input
+        group = shared.setdefault((x.data_ptr(), x.shape[-1]), [])
+        if site not in group:
+            group.append(site)
+    seen = {site for site, _ in calls}
+    groups = [tuple(group) for group in shared.values()] + [(site,) for site in sites if site not in seen]
+    stages: dict[str, list[tuple[str, ...]]] = {}
+    for group in groups:
+        stages.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.*.", group[0]), []).append(group)
+    return [Stage(tuple(inputs)) for inputs in stages.values()]
+
+
+def observe(
+    stream: Stream, i: int, block: nn.Module, hidden: Hidden, stages: list[Stage],
+    needs: Mapping[str, frozenset[type[Stat]]],
+) -> dict[str, Stats]:  # fmt: skip
+    """The statistics that the sites of ``stages`` need; linears with a common input share one object.
+
+    When there is one input to watch, a pass ends as soon as it has been seen.
+    """
+    name = stream.source.blocks[i]
+    taps: list[tuple[str, Stats]] = []
+    found: dict[str, Stats] = {}
+    for stage in stages:
+        for shared in stage.inputs:
+            kinds = frozenset().union(*(needs[site] for site in shared))
+            if not kinds:
+                continue
+            module = _linear(block, name, shared[0])
+            n_in = module.weight.shape[0] if type(module).__name__ == "Conv1D" else module.weight.shape[1]  # type: ignore[union-attr, index]
+            stats = Stats.of(shared[0], kinds, int(n_in), stream.device)
+            taps.append((shared[0], stats))
+            found |= dict.fromkeys(shared, stats)
+    if not taps:
+        return found
+    handles = [
+        _linear(block, name, site).register_forward_pre_hook(_collect(stats, last=len(taps) == 1))
+        for site, stats in taps
+    ]
+    try:
+        for batch in hidden.batches():
+            try:
+                stream.run(i, block, hidden.data[batch])
+            except _Enough:
+                pass
+    finally:
+        _remove(handles)
+    return found
+
+
+class _Enough(Exception):
+    """Ends a forward pass that has shown all that was wanted; carries no error."""
+
+
+def _collect(stats: Stats, last: bool) -> Any:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        stats.update(inputs[0].reshape(-1, inputs[0].shape[-1]))
+        if last:
+            raise _Enough
+
+    return hook
+
+
+def _remember(calls: list[tuple[str, Tensor]], site: str) -> Any:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        calls.append((site, inputs[0]))
+
+    return hook
+
+
+def _linear(block: nn.Module, name: str, site: str) -> nn.Module:
+    module = block.get_submodule(site.removeprefix(name + "."))
+    assert is_linear(module)
+    return module
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

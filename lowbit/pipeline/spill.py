@@ -1,0 +1,49 @@
+"""Hidden states of the calibration tokens between blocks: in memory, or in a temporary file beyond a limit."""
+
+from __future__ import annotations
+
+import tempfile
+
+import torch
+from torch import nn
+
+from lowbit.arrays import Float, Int, Tensor
+from lowbit.models.stream import Stream
+
+LIMIT = 2 << 30  # bytes kept in memory
+
+
+class Hidden:
+    """The hidden states of all windows, visited batch by batch and replaced in place."""
+
+    def __init__(self, data: Float[Tensor, "windows length d"], batch: int, file: object | None) -> None:
+        self.data, self.batch, self._file = data, batch, file
+
+    @staticmethod
+    def nbytes(windows: int, length: int, d: int, dtype: torch.dtype) -> int:
+        return windows * length * d * dtype.itemsize
+
+    @classmethod
+    def embed(cls, stream: Stream, tokens: Int[Tensor, "windows length"], batch: int) -> Hidden:
+        """What the first block reads, for every window."""
+        first = stream.embed(tokens[:batch])
+        shape = (*tokens.shape, first.shape[-1])
+        file = None
+        if cls.nbytes(*shape, first.dtype) > LIMIT:
+            file = tempfile.NamedTemporaryFile(prefix="lowbit-hidden-")  # noqa: SIM115 - lives as long as self
+            count = shape[0] * shape[1] * shape[2]
+            data = torch.from_file(file.name, shared=True, size=count, dtype=first.dtype).view(shape)
+        else:
+            data = torch.empty(shape, dtype=first.dtype, device=first.device)
+        data[:batch] = first
+        for start in range(batch, shape[0], batch):
+            data[start : start + batch] = stream.embed(tokens[start : start + batch])
+        return cls(data, batch, file)
+
+    def batches(self) -> list[slice]:
+        return [slice(s, min(s + self.batch, len(self.data))) for s in range(0, len(self.data), self.batch)]
+
+    def advance(self, stream: Stream, i: int, block: nn.Module) -> None:
+        """Replace every window by what block ``i`` makes of it."""
+        for batch in self.batches():
+            self.data[batch] = stream.run(i, block, self.data[batch])

@@ -1,0 +1,139 @@
+"""What a report shows, as plain values: whoever builds a ``Report`` needs no chart, no HTML and no model.
+
+Every number was measured before it came here. Sizes are stored bytes, KL and log-perplexity are in nats a
+token, positions and blocks count from 0. Tuples instead of lists: a report is a value and can be compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lowbit.errors import StudyError
+from lowbit.evaluation.findings import Finding
+
+FlipKind = Literal["lost", "gained", "other"]
+"""Who was right: ``lost`` only the reference, ``gained`` only the candidate, ``other`` neither."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """Mean KL in nats over the ``n`` tokens at positions ``low_pos <= position < high_pos`` of their window."""
+
+    low_pos: int
+    high_pos: int
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class BlockKL:
+    """Mean KL in nats of the model in which only block number ``block`` is quantized."""
+
+    block: int
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class FlipRow:
+    """One token on which the two models choose differently; ``margin_ref`` is p(first) - p(second) of the reference."""
+
+    context: str
+    target: str
+    reference_choice: str
+    candidate_choice: str
+    margin_ref: float
+    kind: FlipKind
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One version of a model, measured.
+
+    ``bytes_total`` is everything stored; ``bits_per_weight`` is over the quantized linears only, scales and
+    tables included. ``seconds`` and ``peak_bytes`` are the cost of making it.
+    """
+
+    label: str
+    model_label: str
+    recipe: str
+    digest: str
+    bytes_total: int
+    bits_per_weight: float
+    seconds: float
+    peak_bytes: int
+    findings: tuple[Finding, ...] = ()
+    kl_by_position: tuple[Band, ...] = ()
+    kl_by_block: tuple[BlockKL, ...] = ()
+    flips: tuple[FlipRow, ...] = ()
+    is_reference: bool = False
+
+    def finding(self, metric: str) -> Finding | None:
+        """The finding of that metric, or None."""
+        return next((f for f in self.findings if f.metric == metric), None)
+
+
+@dataclass(frozen=True)
+class ScoringProtocol:
+    """How every number was scored: a perplexity without these means nothing."""
+
+    text: str
+    digest: str
+    windows: int
+    length: int
+    tokens: int
+    clusters: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where it ran: package names with their versions, and the machine in words."""
+
+    versions: tuple[tuple[str, str], ...]
+    machine: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """One study: a reference, its low-bit versions, and everything needed to judge or repeat the comparison.
+
+    ``noise_floor`` is the KL in nats of the reference against itself under another batch size, or None when
+    it was not measured. ``created`` is ISO 8601. ``configuration`` and ``digests`` are (name, value) rows.
+    Raises ``StudyError`` when two versions share a label, or when the reference is not marked as one.
+    """
+
+    title: str
+    created: str
+    command: str
+    study_name: str
+    reference: Candidate
+    candidates: tuple[Candidate, ...]
+    noise_floor: float | None
+    protocol: ScoringProtocol
+    environment: Environment
+    multiplicity_rule: str
+    configuration: tuple[tuple[str, str], ...] = ()
+    digests: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        marked = [c.label for c in self.candidates if c.is_reference]
+        if not self.reference.is_reference or marked:
+            raise StudyError(
+                "the reference must be marked is_reference, and nothing else",
+                where=f"report {self.study_name!r}: {', '.join(marked) or self.reference.label}",
+                why="Every difference is measured against exactly one reference.",
+                fix="pass it as Report.reference and leave it out of Report.candidates",
+            )
+        labels = [self.reference.label, *(c.label for c in self.candidates)]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise StudyError(
+                f"two versions are called {', '.join(map(repr, twice))}",
+                where=f"report {self.study_name!r}",
+                why="Rows and marks are told apart by their label.",
+                fix="give every cell of the study its own label",
+            )

@@ -1,0 +1,98 @@
+"""A report as one HTML file that needs nothing else: no network, no server, and no JavaScript for its tables.
+
+Everything that came from outside is escaped (``markup.plain``, or JSON with ``<`` spelled as an escape), and the
+content security policy names the digests of the page's own two scripts: nothing else in the file can run, and
+nothing can be loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from lowbit.errors import StorageError
+from lowbit.report import sections
+from lowbit.report.charts import Chart, charts
+from lowbit.report.markup import Html, plain, section
+from lowbit.report.model import Report
+
+
+def write(report: Report, path: Path) -> Path:
+    """Writes the page to ``path`` under a temporary name, then renames it; returns ``path``.
+
+    Raises StorageError where the folder cannot be written. Well under a second, but for the chart library, which
+    is bundled once a process in a few seconds.
+    """
+    content = render(report)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w", encoding="utf-8", newline="\n") as f:
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as e:
+        raise StorageError(
+            f"the report could not be written: {e.strerror or e}",
+            where=str(path),
+            why="Nothing was left behind, and an older report there is untouched.",
+            fix="free some space, or name a folder that you may write to",
+        ) from e
+    return path
+
+
+def render(report: Report) -> str:
+    """The whole page; the same report gives the same text. About 0.9 MB of it is the chart library."""
+    drawn = charts(report)
+    library, start = chart_library(), _resource("start.js")
+    body = [
+        sections.overview(report),
+        section("Size against loss", sections.figures(drawn, "pareto-")),
+        section("Where the loss is", sections.figures(drawn, "kl-"), sections.profiles(report)),
+        section("Changed choices", sections.flips(report)),
+        section("How this was made", sections.provenance(report)),
+    ]
+    return Template(_resource("template.html")).substitute(
+        policy=f"default-src 'none'; script-src {_hash(library)} {_hash(start)}; "
+        "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
+        title=plain(report.title),
+        byline=plain(f"Study {report.study_name}, {report.created}. Reference: {report.reference.label}."),
+        body="\n".join(body),
+        specs="\n".join(_data(chart) for chart in drawn),
+        library=library,
+        start=start,
+    )
+
+
+@lru_cache(maxsize=1)
+def chart_library() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, bundled by the installed vl-convert (BSD-3-Clause)."""
+    import vl_convert  # starts a JavaScript engine, so only where a page is written
+
+    script: str = vl_convert.javascript_bundle()
+    return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+def _data(chart: Chart) -> Html:
+    spec = json.dumps(chart.spec, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    safe = spec.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return Html(f'<script type="application/json" data-chart="{chart.key}">{safe}</script>')
+
+
+def _hash(script: str) -> str:
+    """The script as a source of a content security policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _resource(name: str) -> str:
+    return files("lowbit.report").joinpath(name).read_text(encoding="utf-8")

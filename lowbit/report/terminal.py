@@ -1,0 +1,114 @@
+"""The main table in a terminal, in a pipe, in an issue (Markdown) or for a program (JSON)."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import asdict
+from typing import Any, Literal, TextIO
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lowbit.report import text
+from lowbit.report.model import Report
+from lowbit.report.summary import Cell, Column, main_table, notes
+
+Style = Literal["auto", "plain", "md", "json"]
+
+_COLOURS = {"worse": "dark_orange", "better": "deep_sky_blue1", "same": "green", "reference": "dim"}
+
+
+def show(report: Report, style: Style = "auto", file: TextIO | None = None) -> None:
+    """Prints the report's main table and its notes to ``file`` (standard output).
+
+    ``auto``: a coloured table on a terminal, aligned plain text in a pipe. ``md`` pastes into an issue, ``json``
+    holds everything in the report.
+    """
+    file = file or sys.stdout
+    if style == "auto" and file.isatty():
+        _rich(report, file)
+        return
+    makers = {"auto": plain, "plain": plain, "md": markdown, "json": to_json}
+    file.write(makers[style](report) + "\n")
+
+
+def plain(report: Report) -> str:
+    """Columns aligned by spaces, one line a version, then the notes."""
+    heads, rows = _lines(report)
+    columns = main_table(report).columns
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    lines = [
+        "  ".join(
+            v.rjust(w) if c.numeric else v.ljust(w) for v, w, c in zip(line, widths, columns, strict=True)
+        ).rstrip()
+        for line in (heads, *rows)
+    ]
+    return "\n".join([*lines, "", *map(text.safe, notes(report))])
+
+
+def markdown(report: Report) -> str:
+    """A GitHub table, then the notes."""
+    heads, rows = _lines(report)
+    rule = ["---:" if c.numeric else ":---" for c in main_table(report).columns]
+    lines = [f"| {' | '.join(map(_escape_markdown, line))} |" for line in (heads, *rows)]
+    lines.insert(1, f"|{'|'.join(rule)}|")
+    return "\n".join([*lines, "", *(f"{_escape_markdown(text.safe(n))}  " for n in notes(report))])
+
+
+def to_json(report: Report) -> str:
+    """Every field of the report as one JSON object; a number that is not finite becomes null."""
+    return json.dumps(_finite(asdict(report)), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _rich(report: Report, file: TextIO) -> None:
+    shown = main_table(report)
+    table = Table(
+        box=None, header_style="bold", pad_edge=False, title=Text(text.safe(report.title)), title_justify="left"
+    )
+    for column in shown.columns:
+        title = Text(column.title)
+        title.append(f"\n{column.unit}", style="not bold dim")
+        table.add_column(title, justify="right" if column.numeric else "left", overflow="fold")
+    for row in shown.rows:
+        cells = [_rich_cell(c) for c in row.cells]
+        cells[-1].stylize(_COLOURS.get(row.verdict, ""))
+        table.add_row(*cells, style="dim" if row.is_reference else "")
+    console = Console(file=file)
+    console.print(table)
+    for note in notes(report):
+        console.print(Text(text.safe(note), style="dim"))
+
+
+def _rich_cell(cell: Cell) -> Text:
+    shown = Text(text.safe(cell.main))
+    return shown.append(f"\n{text.safe(cell.sub)}", style="dim") if cell.sub else shown
+
+
+def _lines(report: Report) -> tuple[list[str], list[list[str]]]:
+    shown = main_table(report)
+    return [_head(c) for c in shown.columns], [[_joined(c) for c in row.cells] for row in shown.rows]
+
+
+def _head(column: Column) -> str:
+    return text.safe(f"{column.title} ({column.unit})" if column.unit else column.title)
+
+
+def _joined(cell: Cell) -> str:
+    return text.safe(
+        f"{cell.main} {cell.sub}".rstrip() if cell.sub.startswith("[") or not cell.sub else f"{cell.main} ({cell.sub})"
+    )
+
+
+def _escape_markdown(value: str) -> str:
+    return "".join(f"\\{c}" if c in "\\|`*_<>" else c for c in value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,98 @@
+"""Kernels: ways to compute ``x Wᵀ`` for a QTensor W, chosen by spec, device and dtype.
+
+Every kernel computes what the plain reference computes, within its stated tolerance, and is tested against it by
+one parametrised test. The order below is the order of preference under the policy ``auto``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import linear
+
+from lowbit.arrays import Float, Tensor
+from lowbit.errors import RecipeError
+from lowbit.formats.qtensor import QTensor
+from lowbit.formats.spec import Spec
+
+
+class Kernel(Protocol):
+    """One way to multiply. A prepared kernel builds a state once a layer and dtype."""
+
+    name: str
+    prepared: bool
+    tolerance: float
+    """Largest error relative to the largest output, against the reference in the same dtype."""
+
+    def takes(self, spec: Spec, x: Tensor) -> bool: ...
+    def prepare(self, q: QTensor, dtype: torch.dtype) -> Any: ...
+    def run(self, x: Tensor, state: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Decode the whole weight at every call: works for every tree, keeps only packed bytes in memory."""
+
+    name: str = "reference"
+    prepared: bool = False
+    tolerance: float = 0.0
+
+    def takes(self, spec: Spec, x: Tensor) -> bool:
+        return True
+
+    def prepare(self, q: QTensor, dtype: torch.dtype) -> QTensor:
+        return q
+
+    def run(self, x: Float[Tensor, "*batch in"], state: QTensor) -> Float[Tensor, "*batch out"]:
+        return linear(x, state.decode(x.dtype))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Decode once and keep the result: the speed and the memory of the original dtype; exact."""
+
+    name: str = "dense"
+    prepared: bool = True
+    tolerance: float = 0.0
+
+    def takes(self, spec: Spec, x: Tensor) -> bool:
+        return True
+
+    def prepare(self, q: QTensor, dtype: torch.dtype) -> DenseState:
+        return DenseState(q.decode(dtype))
+
+    def run(self, x: Float[Tensor, "*batch in"], state: DenseState) -> Float[Tensor, "*batch out"]:
+        return linear(x, state.weight)
+
+
+@dataclass(frozen=True)
+class DenseState:
+    weight: Tensor
+
+    @property
+    def key(self) -> tuple[torch.dtype, torch.device]:
+        return self.weight.dtype, self.weight.device
+
+
+REFERENCE, DENSE = Reference(), Dense()
+
+
+def kernels() -> list[Kernel]:
+    """All kernels, the preferred first, the reference last."""
+    from lowbit.runtime.kernels.torch_cpu import INT4, INT8
+
+    return [INT8, INT4, REFERENCE]
+
+
+def choose(policy: str, spec: Spec, x: Tensor) -> Kernel:
+    """The kernel for this weight and input under a policy."""
+    match policy:
+        case "auto":
+            return next(k for k in kernels() if k.takes(spec, x))
+        case "reference":
+            return REFERENCE
+        case "dense":
+            return DENSE
+    raise RecipeError(f"unknown kernel policy {policy!r}", fix="auto, reference or dense")

@@ -1,0 +1,106 @@
+"""torch's own CPU kernels for few tokens at a time: int4 with groups, int8 with a scale a row.
+
+Both read packed weights once and win where a decode step is bound by memory. For many tokens torch's int4 product is
+a loop over single ones, so that decoding and one dense product is faster: those calls go to the reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lowbit.arrays import Float, Tensor
+from lowbit.formats.qtensor import Affine, QTensor
+from lowbit.formats.spec import Spec
+
+FEW_TOKENS = 8  # beyond this many rows of x the reference is faster
+
+
+@dataclass(frozen=True)
+class State:
+    """Weights in the layout of one kernel."""
+
+    dtype: torch.dtype
+    device: torch.device
+    weight: Tensor
+    scale: Tensor
+    group: int
+
+    @property
+    def key(self) -> tuple[torch.dtype, torch.device]:
+        return self.dtype, self.device
+
+
+@dataclass(frozen=True)
+class Int4:
+    """``_weight_int4pack_mm_for_cpu``: groups of 32, 64, 128 or 256; scales and zeros are rounded to bfloat16."""
+
+    name: str = "torch-int4"
+    prepared: bool = True
+    tolerance: float = 2e-2
+
+    def takes(self, spec: Spec, x: Tensor) -> bool:
+        kind, _, size = str(spec.get("block")).partition(":")
+        codes = spec.leaf("codes")
+        return (
+            _few_on_cpu(x, torch.bfloat16)
+            and spec.node == "Affine"
+            and codes is not None
+            and codes.levels == 16
+            and kind == "group"
+            and size in ("32", "64", "128", "256")
+            and spec.shape[1] % int(size) == 0
+            and spec.shape[0] % 32 == 0
+        )
+
+    def prepare(self, q: QTensor, dtype: torch.dtype) -> State:
+        assert isinstance(q, Affine)
+        scale = q.scale.decode()  # (rows, groups)
+        zero = torch.full_like(scale, 8.0) if q.zero is None else q.zero.unpack().view(scale.shape).to(torch.float32)
+        codes = q.codes.unpack().to(torch.int32).contiguous()
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        # The kernel computes (q - 8) * scale + offset, groups first.
+        offsets = torch.stack([scale, (8.0 - zero) * scale], dim=-1).transpose(0, 1).contiguous()
+        return State(dtype, codes.device, packed, offsets.to(dtype), q.block.size[0])
+
+    def run(self, x: Float[Tensor, "*batch in"], state: State) -> Float[Tensor, "*batch out"]:
+        flat = x.reshape(-1, x.shape[-1])
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, state.weight, state.group, state.scale)
+        return y.view(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """``_weight_int8pack_mm``: symmetric int8 with one scale a row."""
+
+    name: str = "torch-int8"
+    prepared: bool = True
+    tolerance: float = 2e-2
+
+    def takes(self, spec: Spec, x: Tensor) -> bool:
+        codes = spec.leaf("codes")
+        return (
+            _few_on_cpu(x, torch.bfloat16)
+            and spec.node == "Affine"
+            and codes is not None
+            and codes.levels == 256
+            and spec.leaf("zero") is None
+            and spec.get("block") == "row"
+        )
+
+    def prepare(self, q: QTensor, dtype: torch.dtype) -> State:
+        assert isinstance(q, Affine)
+        codes = q.codes.unpack().to(torch.int16).sub_(128).to(torch.int8)
+        return State(dtype, codes.device, codes.contiguous(), q.scale.decode(dtype).view(-1), q.shape[1])
+
+    def run(self, x: Float[Tensor, "*batch in"], state: State) -> Float[Tensor, "*batch out"]:
+        flat = x.reshape(-1, x.shape[-1])
+        return torch.ops.aten._weight_int8pack_mm(flat, state.weight, state.scale).view(*x.shape[:-1], -1)
+
+
+def _few_on_cpu(x: Tensor, dtype: torch.dtype) -> bool:
+    return x.device.type == "cpu" and x.dtype == dtype and x.numel() // x.shape[-1] <= FEW_TOKENS
+
+
+INT4, INT8 = Int4(), Int8()

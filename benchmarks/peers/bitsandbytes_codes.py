@@ -13,8 +13,8 @@ For every case and quant type the file holds, under ``CASE.TYPE.``:
 ``nested.dequantized`` float32, the weight decoded with the nested scales
 
 ``CASE.weight`` is the input, ``TYPE.table`` the 16 values and ``nested.table`` the 256 values that bitsandbytes states.
-The metadata give its version, the seeds, and ``table_products_exact``: whether table x absmax, in float32, is exactly
-what it decodes to.
+The metadata's ``about`` is JSON with its version, the seeds, and ``table_products_exact``: whether table x absmax, in
+float32, is exactly what it decodes to.
 """
 
 from __future__ import annotations
@@ -104,18 +104,19 @@ def main() -> None:
                     "nested.dequantized": bnb.dequantize_4bit(nested_packed, nested),
                 }.items()
             }
-    metadata = {
+    about = {
         "bitsandbytes": importlib.metadata.version("bitsandbytes"),
         "torch": torch.__version__,
         "device": "cpu",
-        "blocksize": str(BLOCK),
-        "nested_blocksize": "256",
-        "cases": json.dumps([case._asdict() for case in CASES]),
-        "table_products_exact": json.dumps(exact),
+        "blocksize": BLOCK,
+        "nested_blocksize": 256,
+        "cases": [case._asdict() for case in CASES],
+        "table_products_exact": exact,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.clone().contiguous() for name, t in tensors.items()}, args.out, metadata=metadata)
-    print(json.dumps(metadata))
+    # one metadata key: safetensors writes several in a random order, and the file should have one digest
+    save_file({n: t.clone().contiguous() for n, t in tensors.items()}, args.out, metadata={"about": json.dumps(about)})
+    print(json.dumps(about))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import argparse
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -33,7 +34,7 @@ def unpack(file: Path, folder: Path) -> Path:
 def convert(gguf: Path, out: Path) -> None:
     """Write ``out/fp32`` and ``out/bf16``; needs memory for two float32 copies of the model."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-    loaded = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, local_files_only=True, dtype=torch.float32
     )
     config = loaded.config.to_dict()

@@ -109,8 +109,8 @@ _EXPERT_PARTS = {"gate_up_proj": (("w1", "w3"), ("gate_proj", "up_proj")), "down
 
 
 def _spellings(name: str, base: str) -> list[str]:
-    """How files spell a parameter: as the model does, without its base prefix, or with Mixtral's older folder."""
-    spellings = [name]
+    """How files spell a parameter: as the model does, by older names, or without the model's base prefix."""
+    spellings = [name, "embed_out.weight"] if name == "lm_head.weight" else [name]
     if base and name.startswith(base + "."):
         spellings.append(name.removeprefix(base + "."))
     return spellings + [s.replace(".mlp.", ".block_sparse_moe.") for s in spellings]
@@ -122,7 +122,7 @@ def _skeleton(config: Any) -> PreTrainedModel:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model.eval()  # type: ignore[no-any-return]
 
 

@@ -7,6 +7,7 @@ of its blocks; they note the keyword arguments that each block would have been g
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ class Stream:
     def __init__(self, source: Source, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self.source, self.dtype, self.device = source, dtype, torch.device(device)
         self._arguments: dict[tuple[int, ...], list[_Call]] = {}
-        self._returns_tuple: bool | None = None
+        self._form = _Form()
         self._shell: nn.Module | None = None
 
     def embed(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length d"]:
@@ -30,15 +31,15 @@ class Stream:
         if self._shell is None:
             self._shell = self._build_shell()
         recorders = [m for m in self._shell.modules() if isinstance(m, _Recorder)]
-        if self._returns_tuple is None:
+        if recorders[0].form.returns_tuple is None:
             recorders[0].probe = self.load(0)
         with torch.inference_mode():
             self._shell(input_ids=tokens.to(self.device), use_cache=False)
-        self._returns_tuple = recorders[0].returns_tuple
         self._arguments[tuple(tokens.shape)] = [r.arguments for r in recorders]
         hidden = recorders[0].hidden
+        recorders[0].probe = None
         for recorder in recorders:
-            recorder.probe, recorder.hidden, recorder.returns_tuple = None, None, self._returns_tuple
+            recorder.hidden = None
         assert hidden is not None  # every model calls its first block
         return hidden
 
@@ -64,7 +65,7 @@ class Stream:
         path, _, _ = self.source.blocks[0].rpartition(".")
         parent, _, leaf = path.rpartition(".")
         layers = list(skeleton.get_submodule(path).children())
-        recorders = nn.ModuleList([_Recorder(layer) for layer in layers])
+        recorders = nn.ModuleList([_Recorder(layer, self._form) for layer in layers])
         setattr(skeleton.get_submodule(parent), leaf, recorders)
         shell: nn.Module = skeleton.base_model
         for name, parameter in list(shell.named_parameters()):
@@ -82,22 +83,29 @@ class _Call(NamedTuple):
     kwargs: dict[str, Any]
 
 
+@dataclass
+class _Form:
+    """Whether blocks of this model return a tuple; known once a real one has been run."""
+
+    returns_tuple: bool | None = None
+
+
 class _Recorder(nn.Module):
     """Stands for a block: passes its input on, and remembers what it was called with."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, form: _Form) -> None:
         super().__init__()
+        self.form = form
         self._block = [block]  # in a list: not a submodule, only asked for its attributes
         self.probe: nn.Module | None = None
-        self.returns_tuple: bool | None = None
         self.hidden: Tensor | None = None
         self.arguments = _Call((), {})
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.hidden, self.arguments = hidden, _Call(args, kwargs)
         if self.probe is not None:
-            self.returns_tuple = isinstance(self.probe(hidden, *args, **kwargs), tuple)
-        return (hidden, None) if self.returns_tuple else hidden
+            self.form.returns_tuple = isinstance(self.probe(hidden, *args, **kwargs), tuple)
+        return (hidden, None) if self.form.returns_tuple else hidden
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lowbit.arrays import Tensor
 from lowbit.calibration.stats import Stat, Stats
-from lowbit.models.graph import is_linear
+from lowbit.models.graph import is_linear, matrix
 from lowbit.models.stream import Stream
 from lowbit.pipeline.spill import Hidden
 
@@ -29,7 +30,7 @@ class Stage:
 
 
 def discover(stream: Stream, i: int, block: nn.Module, hidden: Hidden, sites: list[str]) -> list[Stage]:
-    """The stages of a block in order of execution, found by running one batch.
+    """The stages of a block in order of execution, found by running one window.
 
     Linears are put together when they are given the very same tensor (q, k and v; gate and up). Experts of one
     layer form a stage of their own for each matrix kind, whether or not this batch reaches them.
@@ -40,7 +41,7 @@ def discover(stream: Stream, i: int, block: nn.Module, hidden: Hidden, sites: li
         _linear(block, name, site).register_forward_pre_hook(_remember(calls, site)) for site in sites
     ]  # fmt: skip
     try:
-        stream.run(i, block, hidden.data[hidden.batches()[0]])
+        stream.run(i, block, hidden.data[:1])
     finally:
         _remove(handles)
     shared: dict[tuple[int, int], list[str]] = {}
@@ -69,12 +70,9 @@ def observe(
     found: dict[str, Stats] = {}
     for stage in stages:
         for shared in stage.inputs:
-            kinds = frozenset().union(*(needs[site] for site in shared))
-            if not kinds:
+            if not any(needs[site] for site in shared):
                 continue
-            module = _linear(block, name, shared[0])
-            n_in = module.weight.shape[0] if type(module).__name__ == "Conv1D" else module.weight.shape[1]  # type: ignore[union-attr, index]
-            stats = Stats.of(shared[0], kinds, int(n_in), stream.device)
+            stats = new_stats(shared, needs, _linear(block, name, shared[0]), stream.device)
             taps.append((shared[0], stats))
             found |= dict.fromkeys(shared, stats)
     if not taps:
@@ -92,6 +90,14 @@ def observe(
     finally:
         _remove(handles)
     return found
+
+
+def new_stats(
+    shared: tuple[str, ...], needs: Mapping[str, frozenset[type[Stat]]], linear: nn.Module, device: torch.device
+) -> Stats:
+    """Empty statistics for linears that read one input: all that any of them needs."""
+    kinds = frozenset(kind for site in shared for kind in needs[site])
+    return Stats.of(shared[0], kinds, matrix(linear).shape[1], device)
 
 
 class _Enough(Exception):

@@ -26,6 +26,7 @@ class Hidden:
     @classmethod
     def embed(cls, stream: Stream, tokens: Int[Tensor, "windows length"], batch: int) -> Hidden:
         """What the first block reads, for every window."""
+        stream.embed(tokens[:1])  # one window is run alone to see which linears share their inputs
         first = stream.embed(tokens[:batch])
         shape = (*tokens.shape, first.shape[-1])
         file = None

@@ -24,9 +24,10 @@ from lowbit.models.graph import matrix, set_matrix
 from lowbit.models.source import Source
 from lowbit.models.stream import Stream
 from lowbit.pipeline.coverage import Coverage, audit
-from lowbit.pipeline.observe import Stage, discover, observe
+from lowbit.pipeline.lockstep import Lockstep
+from lowbit.pipeline.observe import Stage, discover, new_stats, observe
 from lowbit.pipeline.recipe import Recipe
-from lowbit.pipeline.spill import Hidden
+from lowbit.pipeline.spill import LIMIT, Hidden
 
 
 @dataclass(frozen=True)
@@ -93,18 +94,17 @@ def walk(
             done += len(sites)
             continue
         block = stream.load(i)
-        if finished:
-            codes: Mapping[str, QTensor] = sink.read(name)
-        else:
-            report = _Counter(i, len(source.blocks), done, total, on_progress)
-            codes, reports = _encode_block(source, recipe, stream, i, block, hidden, coverage, report)
-        if finished and recipe.calibration.propagate == "quantized":
-            for site, q in codes.items():
-                set_matrix(block.get_submodule(site.removeprefix(name + ".")), q.decode(dtype))
-        if hidden is not None and i + 1 < len(source.blocks):
-            hidden.advance(stream, i, block)
         if not finished:
+            report = _Counter(i, len(source.blocks), done, total, on_progress)
+            codes, reports = _Block(source, recipe, stream, i, block, hidden, coverage, report).encode()
             sink.write(name, block, codes, reports)
+        else:
+            codes = dict(sink.read(name))
+            if hidden is not None:
+                for site, q in codes.items():
+                    _replace(recipe, block, name, site, q, dtype)
+                if i + 1 < len(source.blocks):
+                    hidden.advance(stream, i, block)
         done += len(sites)
         del block
     return coverage
@@ -125,34 +125,71 @@ class _Counter:
         self.emit(Progress(self.block, self.blocks, site, self.done, self.total))
 
 
-def _encode_block(
-    source: Source, recipe: Recipe, stream: Stream, i: int, block: nn.Module, hidden: Hidden | None,
-    coverage: Coverage, report: _Counter,
-) -> tuple[dict[str, QTensor], list[SiteReport]]:  # fmt: skip
-    """All sites of one block, stage by stage; each stage sees what the stages before it became."""
-    name = source.blocks[i]
-    sites = coverage.in_block(name)
-    codes: dict[str, QTensor] = {}
-    reports: list[SiteReport] = []
-    if hidden is None:
-        stages = [Stage(((site,),)) for site in sites]
-    else:
-        stages = discover(stream, i, block, hidden, list(sites))
-    needs = {site: t.encoder.needs for site, (_, t) in sites.items()}
-    # Without true-sequential methods one pass over the block serves all of its stages.
-    together = not any(t.encoder.true_sequential for _, t in sites.values())
-    observed = observe(stream, i, block, hidden, stages, needs) if together and hidden is not None else {}
-    for stage in stages:
-        if not together and hidden is not None:
-            observed = observe(stream, i, block, hidden, [stage], needs)
-        for site in stage.sites:
-            encoded, site_report = _encode_site(source, site, coverage, observed.get(site))
-            codes[site] = encoded
-            reports.append(site_report)
-            if hidden is not None and recipe.calibration.propagate == "quantized":
-                set_matrix(block.get_submodule(site.removeprefix(name + ".")), encoded.decode(stream.dtype))
-            report(site)
-    return codes, reports
+class _Block:
+    """One block being encoded: its stages in order, and its hidden states moved on to the next block."""
+
+    def __init__(
+        self, source: Source, recipe: Recipe, stream: Stream, i: int, block: nn.Module, hidden: Hidden | None,
+        coverage: Coverage, report: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.source, self.recipe, self.stream, self.i, self.block = source, recipe, stream, i, block
+        self.hidden, self.coverage, self.report = hidden, coverage, report
+        self.name = source.blocks[i]
+        self.sites = coverage.in_block(self.name)
+        self.needs = {site: t.encoder.needs for site, (_, t) in self.sites.items()}
+        self.codes: dict[str, QTensor] = {}
+        self.reports: list[SiteReport] = []
+
+    def encode(self) -> tuple[dict[str, QTensor], list[SiteReport]]:
+        if self.hidden is None:
+            self._encode(list(self.sites), {})
+            return self.codes, self.reports
+        stages = discover(self.stream, self.i, self.block, self.hidden, list(self.sites))
+        sequential = any(t.encoder.true_sequential for _, t in self.sites.values())
+        last = self.i + 1 == len(self.source.blocks)
+        if sequential and all(len(stage.inputs) == 1 for stage in stages) and self._fits():
+            self._lockstep(stages, self.hidden, last)
+            return self.codes, self.reports
+        for group in [[stage] for stage in stages] if sequential else [stages]:
+            found = observe(self.stream, self.i, self.block, self.hidden, group, self.needs)
+            self._encode([site for stage in group for site in stage.sites], found)
+        if not last:
+            self.hidden.advance(self.stream, self.i, self.block)
+        return self.codes, self.reports
+
+    def _lockstep(self, stages: list[Stage], hidden: Hidden, last: bool) -> None:
+        """All stages in one forward pass."""
+        gates = [self.block.get_submodule(stage.sites[0].removeprefix(self.name + ".")) for stage in stages]
+        with Lockstep(self.stream, self.i, self.block, hidden, gates) as batches:
+            for stage, gate in zip(stages, gates, strict=True):
+                stats = new_stats(stage.inputs[0], self.needs, gate, self.stream.device)
+                batches.until(gate, lambda x, stats=stats: stats.update(x.reshape(-1, x.shape[-1])))  # type: ignore[misc]
+                self._encode(stage.sites, dict.fromkeys(stage.sites, stats))
+            if not last:
+                batches.finish()
+
+    def _fits(self) -> bool:
+        """Whether the activations inside the block of all tokens fit beside the rest (a rough upper estimate)."""
+        assert self.hidden is not None
+        widths = sum(sum(site.shape) for site, _ in self.sites.values())
+        windows, length, _ = self.hidden.data.shape
+        return windows * length * widths * self.hidden.data.element_size() <= LIMIT
+
+    def _encode(self, sites: list[str], found: Mapping[str, Stats]) -> None:
+        """Encode sites from their statistics; what follows in the block then sees the low-bit weights."""
+        for site in sites:
+            q, report = _encode_site(self.source, site, self.coverage, found.get(site))
+            self.codes[site] = q
+            self.reports.append(report)
+            if self.hidden is not None:
+                _replace(self.recipe, self.block, self.name, site, q, self.stream.dtype)
+            self.report(site)
+
+
+def _replace(recipe: Recipe, block: nn.Module, name: str, site: str, q: QTensor, dtype: torch.dtype) -> None:
+    """Let the forward pass use a site's low-bit weight, unless the recipe propagates the original."""
+    if recipe.calibration.propagate == "quantized":
+        set_matrix(block.get_submodule(site.removeprefix(name + ".")), q.decode(dtype))
 
 
 def _encode_site(

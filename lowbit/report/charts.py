@@ -79,7 +79,7 @@ def pareto_log_ppl(report: Report) -> Chart | None:
         alt.Y,
         title="Δ log-perplexity (nat a token)",
         scale=alt.Scale(type="symlog", constant=constant, domain=[low, high], nice=False),
-        axis=alt.Axis(values=symlog_ticks(low, high, constant), format="+~g"),
+        axis=alt.Axis(values=symlog_ticks(low, high, constant), format="~g"),
     )
     bottom, top = symlog(low, constant), symlog(high, constant)
     axis = _Axis(encode, lambda v: (symlog(v, constant) - bottom) / (top - bottom))
@@ -98,7 +98,12 @@ def by_block(report: Report) -> Chart | None:
         for c in by_size(report)
         for b in c.kl_by_block
     ]
-    x = alt.X("x:Q", title="Block (0 is next to the embedding)", axis=alt.Axis(tickMinStep=1, format="d"))
+    x = alt.X(
+        "x:Q",
+        title="Block (0 is next to the embedding)",
+        scale=alt.Scale(nice=False),
+        axis=alt.Axis(tickMinStep=1, format="d"),
+    )
     caption = "Each point is a model in which only this block is quantized. Bars are 95 % intervals."
     return Chart("kl-block", "KL by block", caption, _profile(report, rows, x)) if rows else None
 
@@ -114,7 +119,9 @@ def by_position(report: Report) -> Chart | None:
         for c in by_size(report)
         for b in c.kl_by_position
     ]
-    x = alt.X("x:O", title="Position in the window (first of each band)", axis=alt.Axis(labelOverlap=True))
+    x = alt.X(
+        "x:O", title="Position in the window (first of each band)", axis=alt.Axis(labelOverlap=True, labelAngle=0)
+    )
     caption = "Mean over the tokens of a band of positions: does the loss grow with context? Bars are 95 % intervals."
     return Chart("kl-position", "KL by position", caption, _profile(report, rows, x)) if rows else None
 
@@ -274,8 +281,11 @@ def _spec(layers: Sequence[alt.Chart | alt.LayerChart], datasets: dict[str, Rows
             domainColor="var(--muted)",
             tickColor="var(--muted)",
         ),
-        legend=alt.LegendConfig(orient="bottom", labelColor="var(--ink)", labelFontSize=11, symbolSize=50),
+        legend=alt.LegendConfig(
+            orient="bottom", labelColor="var(--ink)", labelFontSize=11, symbolSize=50, symbolOpacity=1
+        ),
         view=alt.ViewConfig(stroke=None),
         text=alt.MarkConfig(fontSize=11),
     )
-    return {**chart.to_dict(), "datasets": datasets}
+    spec: dict[str, Any] = chart.to_dict()
+    return {**spec, "datasets": {**spec.get("datasets", {}), **datasets}}

@@ -8,6 +8,10 @@ from enum import StrEnum
 from typing import NamedTuple
 
 
+SIZE_TOLERANCE = 1.001
+"""Sizes within 0.1 % count as equal: a few bytes of header win no place on the front."""
+
+
 class Standing(StrEnum):
     """A candidate's place among all of them, on one metric against size."""
 
@@ -47,4 +51,5 @@ def _standing(point: Point, points: Sequence[Point]) -> Standing:
 
 
 def _dominates(a: Point, b: Point) -> bool:
-    return a.size <= b.size and a.value <= b.value and (a.size, a.value) != (b.size, b.value)
+    smaller = a.size * SIZE_TOLERANCE < b.size
+    return a.size <= b.size * SIZE_TOLERANCE and a.value <= b.value and (smaller or a.value < b.value)

@@ -30,7 +30,7 @@ def overview(report: Report) -> Html:
         cells = [cell(*c, kind=kind) for c, kind in zip(numbers, kinds, strict=False)]
         cells.append(cell(*verdict, kind=line.verdict if line.verdict in _VERDICT_CLASSES else ""))
         rows.append(row(cells, "reference" if line.is_reference else ""))
-    return join(
+    content = join(
         [
             _sentences(report),
             table("overview", heads, rows, wide=True),
@@ -39,6 +39,7 @@ def overview(report: Report) -> Html:
         ],
         "\n",
     )
+    return Html(f"<section>\n{content}\n</section>")
 
 
 def figures(drawn: Sequence[Chart], prefix: str) -> Html:

@@ -74,7 +74,7 @@ def main_table(report: Report) -> Table:
         Column("Δ log-perplexity", "nat a token, 95 % CI"),
         Column("p", report.multiplicity_rule),
         Column("KL", "nat a token, 95 % CI"),
-        Column("KL / floor"),
+        Column("KL / floor", "multiple"),
         Column("Top-1 kept", "95 % CI"),
         Column("Flips", "lost / gained / other"),
         Column("Verdict", "on Δ log-perplexity", numeric=False),
@@ -119,7 +119,7 @@ def floor_multiple(report: Report, c: Candidate) -> str:
     if kl is None or not report.noise_floor or not math.isfinite(kl.value):
         return ""
     multiple = kl.value / report.noise_floor
-    return f"{multiple:.0f}×" if multiple >= 10 else f"{multiple:.1f}×"
+    return f"{multiple:,.0f}×" if multiple >= 10 else f"{multiple:.1f}×"
 
 
 def flip_counts(c: Candidate) -> str:
@@ -128,27 +128,33 @@ def flip_counts(c: Candidate) -> str:
     return text.MISSING if flips is None else f"{flips.lost:,} / {flips.gained:,} / {flips.other:,}"
 
 
+_JUDGEMENT = {
+    "worse": "worse than {}",
+    "better": "better than {}",
+    "same": "the same as {} within the margin",
+    "unclear": "no difference from {} shown, and none excluded",
+}
+
+
 def sentence(report: Report, c: Candidate) -> str:
-    """One candidate's verdict in one or two sentences, every difference with its interval."""
-    parts = [f"{smaller(report, c)} ({text.size(c.bytes_total)}, {text.number(c.bits_per_weight)} bits per weight)"]
+    """One candidate's verdict in a sentence: the judgement on log-perplexity first, then what it stands on."""
+    parts = [f"{smaller(report, c)} at {text.number(c.bits_per_weight)} bits per weight"]
+    judgement = "not scored"
     if ppl := c.finding(DELTA_LOG_PPL):
-        value, interval = text.estimate(ppl.value, ppl.low, ppl.high, signed=True)
-        p = adjusted(ppl)
-        p_text = "" if text.p_value(p) == text.MISSING else f", {report.multiplicity_rule} p {_relation(p)}"
-        parts.append(f"log-perplexity {value} {interval} nat{p_text}: {ppl.verdict}")
+        judgement = _JUDGEMENT.get(ppl.verdict, ppl.verdict).format(report.reference.label)
+        parts.append(f"Δ log-perplexity {_phrase(ppl, signed=True)}")
     if kl := c.finding(KL):
-        value, interval = text.estimate(kl.value, kl.low, kl.high)
         times = floor_multiple(report, c)
-        parts.append(f"KL {value} {interval} nat" + (f", {times} the noise floor" if times else ""))
+        parts.append(f"KL {_phrase(kl)}" + (f" ({times} the noise floor)" if times else ""))
     if kept := c.finding(TOP1_KEPT):
-        value, _ = text.estimate(kept.value, kept.low, kept.high)
-        parts.append(f"first choice kept on {value} {kept.unit} of tokens")
-    return "; ".join(" ".join(part.split()) for part in parts) + "."
+        parts.append(f"first choice kept on {_phrase(kept)} of tokens")
+    return f"{judgement}; {', '.join(parts)}."
 
 
-def _relation(p: float | None) -> str:
-    shown = text.p_value(p)
-    return shown if shown.startswith("<") else f"= {shown}"
+def _phrase(finding: Finding, *, signed: bool = False) -> str:
+    """Value, interval and unit, not to be broken over lines."""
+    value, interval = text.estimate(finding.value, finding.low, finding.high, signed=signed)
+    return "\N{NO-BREAK SPACE}".join(f"{value} {interval} {finding.unit}".split())
 
 
 def detectable(report: Report, metric: str) -> str:
@@ -159,7 +165,7 @@ def detectable(report: Report, metric: str) -> str:
         return ""
     smallest, largest = text.number(min(effects)), text.number(max(effects))
     unit = "pp" if found[0].unit == "%" else found[0].unit
-    return f"{smallest} {unit}" if smallest == largest else f"{smallest} to {largest} {unit}"
+    return f"{smallest} {unit}" if smallest == largest else f"{smallest} to {largest} {unit} depending on the candidate"
 
 
 def notes(report: Report) -> list[str]:

@@ -130,6 +130,7 @@ def test_kl_against_the_floor() -> None:
         return by_metric(findings(make(kl=scale * 4e-4, delta=1e-4, flip=0.004, seed=seed), FLOOR))[KL].verdict
 
     assert verdict(1.0) == "within noise"
+    assert verdict(0.5) == "within noise"  # shown to be below the floor, which is no multiple of it
     assert by_metric(findings(FLOOR, FLOOR))[KL].verdict == "within noise"
     assert verdict(3.0).endswith("x floor")
     assert 2.5 < float(verdict(3.0).split("x")[0]) < 3.5
@@ -154,6 +155,7 @@ def test_top1_kept_is_compared_with_what_the_floor_keeps() -> None:
     against = by_metric(findings(candidate, unstable))[KEPT]
     assert against.effect == 0
     assert against.floor == pytest.approx(against.value)
+    assert against.p == 1
     assert against.verdict == "same"
 
 

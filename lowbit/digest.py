@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
 import json
 import os
+import re
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,23 +56,30 @@ def of_tensor(tensor: Any) -> str:
     return of_bytes(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), data.data)
 
 
-@functools.lru_cache(maxsize=1024)
-def _remembered(path: str, size: int, mtime_ns: int) -> str:
-    memo = cache_folder() / "digests" / of_value([path, size, mtime_ns])
-    if memo.exists():
-        return memo.read_text(encoding="ascii")
-    value = of_file(Path(path))
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    partial = memo.with_suffix(f".{os.getpid()}")
-    partial.write_text(value, encoding="ascii")
-    partial.replace(memo)
-    return value
+_SETTLED_NS = 2_000_000_000  # a file changed this recently may change again within one tick of its clock
 
 
 def of_file_cached(path: Path) -> str:
-    """Like :func:`of_file`, remembered on disk for the same path, size and time of change."""
+    """Like :func:`of_file`, remembered on disk for the same path, inode, size and times of change.
+
+    The status-change time is part of the key, so a file altered and given its old date is read again. A cache that
+    cannot be written costs time, nothing else.
+    """
     stat = path.stat()
-    return _remembered(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    key = [str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    memo = cache_folder() / "digests" / of_value(key)
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        value = memo.read_text(encoding="ascii")
+        if re.fullmatch(r"[0-9a-f]{64}", value):
+            return value
+    value = of_file(path)
+    if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS:
+        with contextlib.suppress(OSError):
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            partial = memo.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+            partial.write_text(value, encoding="ascii")
+            partial.replace(memo)
+    return value
 
 
 def cache_folder() -> Path:

@@ -54,8 +54,10 @@ def read(name: str, role: Role) -> Text:
     path = Path(name).expanduser()
     try:
         return Text(path.name, path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise CalibrationError("is no text file", where=name, fix=f"a UTF-8 file, or {DEFAULT!r}") from None
+    except OSError as error:
+        raise CalibrationError(
+            f"is no readable text file: {error.strerror}", where=name, fix=f"a UTF-8 file, or {DEFAULT!r}"
+        ) from error
     except UnicodeDecodeError as error:
         raise CalibrationError(f"is not UTF-8: {error}", where=name) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,7 +36,7 @@ class Block:
         """The inverse of ``str``; raises FormatError on anything else."""
         kind, *size = text.split(":")
         arity = {"tensor": 0, "row": 0, "group": 1, "tile": 2, "flat": 1}
-        if arity.get(kind) != len(size) or not all(s.isdecimal() and int(s) > 0 for s in size):
+        if arity.get(kind) != len(size) or not all(re.fullmatch(r"[1-9][0-9]{0,11}", s) for s in size):
             raise FormatError(f"unknown block {text!r}", fix="tensor, row, group:N, tile:R:C or flat:N")
         return cls(kind, tuple(map(int, size)))  # type: ignore[arg-type]
 
@@ -63,38 +64,45 @@ class Block:
         """The elements of every block; ragged ends are filled with zeros (neutral for ranges that include zero)."""
         rows, columns = w.shape
         block_rows, block_columns = self.count((rows, columns))
+        size = self._within(rows, columns)
         match self.kind:
             case "tensor":
                 return w.reshape(1, 1, -1)
             case "row":
                 return w.unsqueeze(1)
             case "group":
-                return _pad(w, 0, block_columns * self.size[0] - columns).view(rows, block_columns, -1)
+                return _pad(w, 0, block_columns * size[0] - columns).view(rows, block_columns, -1)
             case "tile":
-                r, c = self.size
+                r, c = size
                 padded = _pad(w, block_rows * r - rows, block_columns * c - columns)
                 tiles = padded.view(block_rows, r, block_columns, c).transpose(1, 2)
                 return tiles.reshape(block_rows, block_columns, r * c)
             case "flat":
                 flat = w.reshape(1, -1)
-                return _pad(flat, 0, block_rows * self.size[0] - flat.shape[1]).view(block_rows, 1, -1)
+                return _pad(flat, 0, block_rows * size[0] - flat.shape[1]).view(block_rows, 1, -1)
 
     def spread(self, values: Tensor, shape: tuple[int, ...], rows: slice = ALL) -> Tensor:
         """One value a block to (rows, columns) of the matrix; size-1 dimensions stay for broadcasting.
 
         For ``row`` and ``group`` the values must already be those of ``rows``.
         """
+        size = self._within(*shape)
         match self.kind:
             case "tensor" | "row":
                 return values
             case "group":
-                return values.repeat_interleave(self.size[0], dim=1)[:, : shape[1]]
+                return values.repeat_interleave(size[0], dim=1)[:, : shape[1]]
             case "tile":
-                wide = values.repeat_interleave(self.size[1], dim=1)[:, : shape[1]]
-                return wide.repeat_interleave(self.size[0], dim=0)[: shape[0]][rows]
+                wide = values.repeat_interleave(size[1], dim=1)[:, : shape[1]]
+                return wide.repeat_interleave(size[0], dim=0)[: shape[0]][rows]
             case "flat":
-                flat = values.reshape(-1).repeat_interleave(self.size[0])[: shape[0] * shape[1]]
+                flat = values.reshape(-1).repeat_interleave(size[0])[: shape[0] * shape[1]]
                 return flat.view(shape[0], shape[1])[rows]
+
+    def _within(self, rows: int, columns: int) -> tuple[int, ...]:
+        """The size, no larger than the matrix: a block of a million columns must not allocate a million."""
+        limits = {"group": (columns,), "tile": (rows, columns), "flat": (rows * columns,)}.get(self.kind, ())
+        return tuple(map(min, self.size, limits))
 
 
 def _pad(w: Tensor, rows: int, columns: int) -> Tensor:

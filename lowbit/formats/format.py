@@ -22,7 +22,8 @@ from lowbit.arrays import Float, Int, Matrix, Tensor
 from lowbit.errors import FormatError
 from lowbit.formats.blocks import Block
 from lowbit.formats.grids import Grid, IntGrid
-from lowbit.formats.qtensor import Affine, Codes, Lookup, QTensor, Raw, Sum
+from lowbit.formats.pack import Codes
+from lowbit.formats.qtensor import Affine, Lookup, QTensor, Raw, Sum
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,16 @@ class Format:
         return self._params(low, high)
 
     def snap(self, values: Tensor, step: Tensor, zero: Tensor | None) -> Snapped:
-        """Nearest codes and their values; ``step`` and ``zero`` broadcast against ``values``. Cost O(values)."""
-        safe = torch.where(step == 0, 1.0, step)
+        """Nearest codes and their values; ``step`` and ``zero`` broadcast against ``values``. Cost O(values).
+
+        Tables multiply by the reciprocal of the step, as bitsandbytes does, so that codes agree bit for bit.
+        """
         if isinstance(self.grid, IntGrid):
             shift = zero if zero is not None else float(self.grid.offset)
-            codes = torch.round(values / safe).add_(shift).clamp_(0, self.grid.levels - 1)
+            codes = torch.round(values / torch.where(step == 0, 1.0, step)).add_(shift).clamp_(0, self.grid.levels - 1)
             return Snapped(codes, (codes - shift) * step)
-        codes = self.grid.nearest(values / safe)
+        smallest = torch.finfo(torch.float32).tiny  # below it a reciprocal would overflow
+        codes = self.grid.nearest(values * torch.where(step.abs() < smallest, 1.0, step).reciprocal_())
         table = torch.tensor(self.grid.values, dtype=torch.float32, device=values.device)
         return Snapped(codes, table[codes] * step)
 
@@ -158,11 +162,22 @@ class Format:
         return self.grid.top
 
     def _store(self, scale: Tensor) -> tuple[QTensor | None, Tensor]:
-        """A scale as it is stored, and as it will be read back."""
+        """A scale as it is stored, and as it will be read back.
+
+        A scale too small for its dtype becomes the smallest number that the dtype has, not zero, so that a block of
+        tiny values keeps the levels it can.
+        """
+        if not torch.isfinite(scale).all():
+            raise FormatError(
+                "a block's range is not finite", where=self.name,
+                why="a NaN or infinite value has no nearest code", fix="look for NaN in this weight",
+            )  # fmt: skip
         if self.scale is None:
             return None, torch.ones_like(scale)
         if isinstance(self.scale, Stored):
-            stored: QTensor = Raw.of(scale.to(self.scale.dtype))
+            limits = torch.finfo(self.scale.dtype)
+            smallest = limits.smallest_normal * limits.eps
+            stored: QTensor = Raw.of(torch.where(scale > 0, scale.clamp_min(smallest), scale).to(self.scale.dtype))
         else:
             stored = self.scale.quantize_scale(scale)
         step = stored.decode()

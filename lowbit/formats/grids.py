@@ -7,12 +7,12 @@ Codes of floating-point tables are the bit patterns themselves, so that hardware
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import norm
 
 from lowbit.arrays import Float, Int, Tensor
 from lowbit.errors import RecipeError, nearest
@@ -69,12 +69,30 @@ class Table:
         return 2.0 ** math.floor(math.log2(self.top))
 
     def nearest(self, x: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-        """The code of the nearest value; ties go down, and zero keeps a positive sign."""
-        order, middles = _boundaries(self.name)
-        return order.to(x.device)[torch.bucketize(x, middles.to(x.device))]
+        """The code of the nearest value; beyond the ends, of the end.
+
+        Floats break ties to the even code (IEEE 754), other tables to the lower value (bitsandbytes). ``dynamic8``
+        takes values in [-1, 1] and looks them up on a lattice of 65536 points, as bitsandbytes does, so that a value
+        within 1.5e-5 of a midpoint may go to the other side. Cost O(x log levels).
+        """
+        order, bounds = _boundaries(self.name)
+        if self.name == "dynamic8":
+            x = ((x + 1) * 0.5 * 65535 + 0.5).to(torch.int32) / 65535 * 2 - 1
+        return order.to(x.device)[torch.bucketize(x, bounds.to(x.device))]
 
 
 Grid = IntGrid | Table
+_FLOAT = r"e([1-8])m([0-7])"
+
+
+# NormalFloat: 8 positive and 7 negative quantiles of N(0, 1) and an exact zero (QLoRA, arXiv 2305.14314), as published:
+# the float32 values that every reader of nf4 uses. The formula gives them to 1.1e-7.
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 
 
 @functools.cache
@@ -86,35 +104,29 @@ def table_values(name: str) -> tuple[float, ...]:
     """
     if name in _NAMED:
         return _NAMED[name]()
-    if match := re.fullmatch(r"e([1-8])m([0-7])", name):
+    if match := re.fullmatch(_FLOAT, name):
         exponent, mantissa = int(match[1]), int(match[2])
         if 1 + exponent + mantissa <= 8:
             return _minifloat(exponent, mantissa)
     raise RecipeError(f"unknown table {name!r}", fix=nearest(name, [*_NAMED, "e2m1", "e4m3", "e5m2"]))
 
 
-def _nf4() -> tuple[float, ...]:
-    """NormalFloat: 8 positive and 7 negative quantiles of N(0, 1) and an exact zero (QLoRA, arXiv 2305.14314)."""
-    offset = 1 - (1 / 30 + 1 / 32) / 2
-    positive = [norm.ppf(offset + (0.5 - offset) * i / 8) for i in range(8)]
-    negative = [-norm.ppf(offset + (0.5 - offset) * i / 7) for i in range(7)]
-    return tuple(sorted(float(v / positive[0]) for v in [*negative, 0.0, *positive]))
-
-
 def _fp4() -> tuple[float, ...]:
-    """bitsandbytes' 4-bit float in its code order: not OCP E2M1, which has 1/12 where this has 1/192."""
+    """bitsandbytes' 4-bit float in its code order: not OCP E2M1, which has 1/12 where this has 1/192.
+
+    Code 8 is a second +0, which takes what lies above zero.
+    """
     magnitudes = [m / 12 for m in (0, 0.0625, 8, 12, 4, 6, 2, 3)]
-    return (*magnitudes, *(-m for m in magnitudes))
+    return (*magnitudes, 0.0, *(-m for m in magnitudes[1:]))
 
 
 def _dynamic8() -> tuple[float, ...]:
     """The 8-bit dynamic-exponent map (arXiv 2110.02861): per decade, linear cells whose count doubles."""
     values = [0.0, 1.0]
     for i in range(7):
-        cells = 1 << i
-        for c in range(cells):
-            middle = 0.1 + 0.9 * (c + 0.5) / cells
-            values += [middle * 10.0 ** (i - 6), -middle * 10.0 ** (i - 6)]
+        edges = torch.linspace(0.1, 1, (1 << i) + 1)
+        middles = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)).tolist()
+        values += [*middles, *(-m for m in middles)]
     return tuple(sorted(values))
 
 
@@ -133,11 +145,8 @@ def _minifloat(exponent: int, mantissa: int) -> tuple[float, ...]:
     for code in range(1 << (1 + exponent + mantissa)):
         sign = -1.0 if code >> (exponent + mantissa) else 1.0
         e, m = (code >> mantissa) & ((1 << exponent) - 1), code & ((1 << mantissa) - 1)
-        top = e == (1 << exponent) - 1
-        if (exponent, mantissa) == (5, 2) and top:  # IEEE style: infinities and NaNs
-            values.append(math.nan)
-        elif (exponent, mantissa) == (4, 3) and top and m == 7:  # the single NaN of e4m3
-            values.append(math.nan)
+        if e == (1 << exponent) - 1 and ((exponent, mantissa) == (5, 2) or (exponent, mantissa, m) == (4, 3, 7)):
+            values.append(math.nan)  # the top exponent of e5m2 as IEEE has it, the single NaN of e4m3
         elif e == 0:
             values.append(sign * m / (1 << mantissa) * 2.0 ** (1 - bias))
         else:
@@ -145,16 +154,19 @@ def _minifloat(exponent: int, mantissa: int) -> tuple[float, ...]:
     return tuple(values)
 
 
-_NAMED = {"nf4": _nf4, "fp4": _fp4, "dynamic8": _dynamic8, "ternary": _ternary, "e8m0": _e8m0}
+_NAMED = {"nf4": lambda: _NF4, "fp4": _fp4, "dynamic8": _dynamic8, "ternary": _ternary, "e8m0": _e8m0}
 
 
 @functools.cache
-def _boundaries(name: str) -> tuple[Tensor, Tensor]:
-    """Codes in order of value, and the midpoints between neighbours."""
-    values = table_values(name)
+def _boundaries(name: str) -> tuple[Int[Tensor, "n"], Float[Tensor, "n_1"]]:
+    """Codes in order of value, and the largest number that still goes to the lower of two neighbours."""
     # -0.0 sorts below +0.0, so that small negatives keep their sign and an exact zero does not gain one.
-    finite = sorted((v, math.copysign(1.0, v), c) for c, v in enumerate(values) if not math.isnan(v))
-    order = torch.tensor([c for _, _, c in finite], dtype=torch.int64)
-    middles = [(a + b) / 2 if (a, b) != (0.0, 0.0) else -torch.finfo(torch.float32).tiny for (a, _, _), (b, _, _) in
-               zip(finite, finite[1:], strict=False)]
-    return order, torch.tensor(middles, dtype=torch.float64).to(torch.float32)
+    finite = sorted((v, math.copysign(1.0, v), c) for c, v in enumerate(table_values(name)) if not math.isnan(v))
+    sorted_values = torch.tensor([v for v, _, _ in finite], dtype=torch.float32)
+    bounds = (sorted_values[:-1] + sorted_values[1:]) / 2
+    for i, (a, b) in enumerate(itertools.pairwise(finite)):
+        if a[:2] == (0.0, -1.0) and b[0] == 0.0:
+            bounds[i] = -torch.finfo(torch.float32).tiny
+        elif re.fullmatch(_FLOAT, name) and a[2] % 2:  # a tie goes up, to the even code
+            bounds[i] = bounds[i].nextafter(torch.tensor(-math.inf))
+    return torch.tensor([code for _, _, code in finite]), bounds

@@ -8,10 +8,12 @@ alone. Three levels are packed in base 3, five to a byte (1.6 bits), least signi
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from lowbit.arrays import Int, Tensor, UInt8
+from lowbit.formats.blocks import ALL
 
 TRITS_PER_BYTE = 5
 
@@ -19,6 +21,11 @@ TRITS_PER_BYTE = 5
 def bits_for(levels: int) -> int:
     """Bits of one packed code with ``levels`` distinct values (2..256); 0 stands for base 3."""
     return 0 if levels == 3 else max(1, math.ceil(math.log2(levels)))
+
+
+def reachable(levels: int) -> int:
+    """Distinct values that packed codes of ``levels`` can unpack to, whatever the bytes."""
+    return levels if levels == 3 else 1 << bits_for(levels)
 
 
 def row_bytes(columns: int, levels: int) -> int:
@@ -73,6 +80,41 @@ def unpack(packed: UInt8[Tensor, "rows bytes"], columns: int, levels: int) -> UI
     for i in range(8):
         out[..., i] = (word >> (i * bits)) & ((1 << bits) - 1)
     return out.view(rows, -1)[:, :columns]
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """A matrix of integers in ``0..levels-1``, packed densely row by row."""
+
+    data: UInt8[Tensor, "rows bytes"]
+    columns: int
+    levels: int
+
+    @classmethod
+    def of(cls, codes: Int[Tensor, "rows columns"], levels: int) -> Codes:
+        return cls(pack(codes, levels), codes.shape[1], levels)
+
+    def unpack(self, rows: slice = ALL) -> UInt8[Tensor, "rows columns"]:
+        return unpack(self.data[rows], self.columns, self.levels)
+
+    def problem(self, rows: int, columns: int) -> str:
+        """Why these cannot be the codes of a (rows, columns) matrix, or nothing."""
+        expected = (rows, row_bytes(columns, self.levels))
+        if self.data.dtype != torch.uint8 or self.columns != columns or self.data.shape != expected:
+            found = f"{self.columns} columns in {self.data.dtype} {tuple(self.data.shape)}"
+            return f"{found}, expected {columns} columns of {self.levels} levels in uint8 {expected}"
+        return ""
+
+    @property
+    def logical_bits(self) -> int:
+        """Stored bits without the padding of rows."""
+        bits = bits_for(self.levels)
+        return self.data.shape[0] * (self.columns * bits if bits else 8 * row_bytes(self.columns, self.levels))
+
+    @staticmethod
+    def nbytes(rows: int, columns: int, levels: int) -> int:
+        """Bytes that such a matrix will occupy, known before it exists."""
+        return rows * row_bytes(columns, levels)
 
 
 def _pad(x: Tensor, multiple: int) -> Tensor:

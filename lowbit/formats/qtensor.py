@@ -14,6 +14,7 @@ of them) or static data, and all traversals follow from that. Sizes are derived 
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,33 +22,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lowbit.arrays import Float, Int, Tensor, UInt8
-from lowbit.errors import FormatError
+from lowbit.arrays import Float, Int, Tensor
+from lowbit.errors import FormatError, RecipeError
 from lowbit.formats.blocks import ALL, Block
 from lowbit.formats.grids import table_values
-from lowbit.formats.pack import bits_for, pack, row_bytes, unpack
+from lowbit.formats.pack import Codes, reachable
 from lowbit.formats.spec import Leaf, Spec
-
-
-@dataclass(frozen=True, eq=False)
-class Codes:
-    """A matrix of integers in ``0..levels-1``, packed densely row by row (see :mod:`lowbit.formats.pack`)."""
-
-    data: UInt8[Tensor, "rows bytes"]
-    columns: int
-    levels: int
-
-    @classmethod
-    def of(cls, codes: Int[Tensor, "rows columns"], levels: int) -> Codes:
-        return cls(pack(codes, levels), codes.shape[1], levels)
-
-    def unpack(self, rows: slice = ALL) -> UInt8[Tensor, "rows columns"]:
-        return unpack(self.data[rows], self.columns, self.levels)
-
-    @staticmethod
-    def nbytes(rows: int, columns: int, levels: int) -> int:
-        """Bytes that such a matrix will occupy, known before it exists."""
-        return rows * row_bytes(columns, levels)
 
 
 class Part(NamedTuple):
@@ -68,13 +48,15 @@ class QTensor(ABC):
     def decode(self, dtype: torch.dtype = torch.float32, rows: slice = ALL) -> Float[Tensor, "out in"]:
         """The values that the codes stand for; computed in float32, then cast."""
 
+    @abstractmethod
+    def problem(self) -> str:
+        """Why the fields do not fit together (kinds, dtypes, shapes), or nothing. Cost a few comparisons."""
+
     def parts(self) -> Iterator[Part]:
         """Every stored leaf once, in a fixed order."""
         for name, value in _fields(self):
             if isinstance(value, Codes):
-                rows, bits = value.data.shape[0], bits_for(value.levels)
-                logical = rows * (8 * row_bytes(value.columns, 3) if bits == 0 else value.columns * bits)
-                yield Part(name, value.data, logical)
+                yield Part(name, value.data, value.logical_bits)
             elif isinstance(value, Tensor):
                 yield Part(name, value, value.numel() * value.element_size() * 8)
             elif isinstance(value, QTensor):
@@ -121,6 +103,12 @@ class Raw(QTensor):
     def decode(self, dtype: torch.dtype = torch.float32, rows: slice = ALL) -> Tensor:
         return self.data.expand(self.shape)[rows].to(dtype)
 
+    def problem(self) -> str:
+        fits = self.data.dim() == 2 and all(n in (1, m) for n, m in zip(self.data.shape, self.shape, strict=True))
+        if not fits or not self.data.is_floating_point():
+            return f"data is {self.data.dtype} {tuple(self.data.shape)}"
+        return ""
+
 
 @dataclass(frozen=True, eq=False)
 class Affine(QTensor):
@@ -140,6 +128,14 @@ class Affine(QTensor):
         zero = self.zero.unpack().view(self.block.count(self.shape))[scale_rows].to(torch.float32)
         return _apply(self.block, self.shape, rows, q, scale, zero).to(dtype)
 
+    def problem(self) -> str:
+        if self.zero is not None:
+            if self.zero.levels != self.codes.levels:
+                return f"zeros of {self.zero.levels} levels, codes of {self.codes.levels}"
+            if problem := self.zero.problem(1, math.prod(self.block.count(self.shape))):
+                return f"zero: {problem}"
+        return self.codes.problem(*self.shape) or _scale_problem(self.scale, self.block, self.shape)
+
 
 @dataclass(frozen=True, eq=False)
 class Lookup(QTensor):
@@ -158,6 +154,21 @@ class Lookup(QTensor):
         scale = self.scale.decode(rows=rows if self.block.follows_rows else ALL)
         return _apply(self.block, self.shape, rows, values, scale, None).to(dtype)
 
+    def problem(self) -> str:
+        if isinstance(self.table, Tensor):
+            if self.table.dim() != 1 or not self.table.is_floating_point():
+                return f"the table is {self.table.dtype} {tuple(self.table.shape)}"
+            values = self.table.numel()
+        else:
+            try:
+                values = len(table_values(self.table))
+            except RecipeError as error:
+                return str(error)
+        if values < (reach := reachable(self.codes.levels)):
+            return f"packed codes reach {reach} values, the table has {values}"
+        scale = "" if self.scale is None else _scale_problem(self.scale, self.block, self.shape)
+        return scale or self.codes.problem(*self.shape)
+
 
 @dataclass(frozen=True, eq=False)
 class Sum(QTensor):
@@ -170,6 +181,10 @@ class Sum(QTensor):
         for term in self.terms[1:]:
             total = total + term.decode(rows=rows)
         return total.to(dtype)
+
+    def problem(self) -> str:
+        shapes = [term.shape for term in self.terms]
+        return "" if shapes and all(s == self.shape for s in shapes) else f"terms have shapes {shapes}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,46 +200,71 @@ class Columns(QTensor):
         out[:, self.index.long()] = inner
         return out
 
+    def problem(self) -> str:
+        count, index = self.index.numel(), self.index
+        if index.dim() != 1 or index.is_floating_point() or self.inner.shape != (self.shape[0], count):
+            return f"index {index.dtype} {tuple(index.shape)} for columns of shape {self.inner.shape}"
+        if count and index.device.type == "cpu" and not 0 <= int(index.min()) <= int(index.max()) < self.shape[1]:
+            return f"index reaches from {int(index.min())} to {int(index.max())}"
+        return ""
+
 
 NODES: dict[str, type[QTensor]] = {cls.__name__: cls for cls in (Raw, Affine, Lookup, Sum, Columns)}
+_KINDS: dict[str, type | tuple[type, ...]] = {  # what a field of any node holds
+    "data": Tensor, "index": Tensor, "codes": Codes, "zero": Codes, "table": (str, Tensor), "block": Block,
+    "scale": QTensor, "inner": QTensor, "terms": tuple,
+}  # fmt: skip
+_OPTIONAL = {("Affine", "zero"), ("Lookup", "scale")}
 
 
 def build(spec: Spec, parts: Mapping[str, Tensor], prefix: str = "") -> QTensor:
     """The tree of ``spec`` over stored tensors; the inverse of ``spec`` and ``parts``.
 
-    Raises FormatError when a part is missing or has another shape or dtype than the spec says.
+    Raises FormatError when a part is missing or has another shape or dtype than the spec says, and when the tree
+    itself makes no sense (see ``problem``): no later decode of it can fail or read outside of its parts.
     """
+    where = f"{prefix}{spec.node} {spec.shape}"
     if spec.node not in NODES:
-        raise FormatError(f"unknown node {spec.node!r}", where=prefix, fix=f"one of {', '.join(NODES)}")
-    values: dict[str, Any] = {name: value for name, value in spec.static}
+        raise FormatError(f"unknown node {spec.node!r}", where=where, fix=f"one of {', '.join(NODES)}")
+    if len(spec.shape) != 2:
+        raise FormatError(f"shape {spec.shape} is no matrix", where=where)
+    values: dict[str, Any] = dict(spec.static)
     for leaf in spec.leaves:
-        path = prefix + leaf.name
-        if path not in parts:
-            raise FormatError(f"part {path!r} is missing", where=spec.node)
-        data = parts[path]
-        found = (str(data.dtype).removeprefix("torch."), tuple(data.shape))
-        if found != (leaf.dtype, leaf.shape):
-            raise FormatError(f"part {path!r} is {found}, the spec says {(leaf.dtype, leaf.shape)}", where=spec.node)
-        values[leaf.name] = data if leaf.levels is None else Codes(data, leaf.columns or 0, leaf.levels)
-    terms: list[QTensor] = []
-    for name, child in spec.children:
-        tree = build(child, parts, f"{prefix}{name}.")
-        if spec.node == "Sum":
-            terms.append(tree)
-        else:
-            values[name] = tree
-    if spec.node == "Sum":
-        values["terms"] = tuple(terms)
-    if "block" in values:
+        values[leaf.name] = _leaf(leaf, parts, prefix + leaf.name, where)
+    children = {name: build(child, parts, f"{prefix}{name}.") for name, child in spec.children}
+    if spec.node == "Sum" and list(children) == [str(i) for i in range(len(children))]:
+        values["terms"] = tuple(children.values())
+    else:
+        values |= children
+    if isinstance(values.get("block"), str):
         values["block"] = Block.parse(values["block"])
     cls = NODES[spec.node]
     expected = {f.name for f in dataclasses.fields(cls)} - {"shape"}
     if unknown := set(values) - expected:
-        raise FormatError(f"{spec.node} has no field {sorted(unknown)}", where=prefix or "root")
-    optional = {"zero", "scale"}
-    if missing := expected - set(values) - optional:
-        raise FormatError(f"{spec.node} lacks {sorted(missing)}", where=prefix or "root")
-    return cls(shape=spec.shape, **{name: values.get(name) for name in expected})
+        raise FormatError(f"no field {sorted(unknown)}", where=where, fix=f"one of {sorted(expected)}")
+    for name in expected:
+        value = values.setdefault(name, None)
+        if not isinstance(value, _KINDS[name]) and not (value is None and (spec.node, name) in _OPTIONAL):
+            raise FormatError(f"{name} is missing or of the wrong kind ({type(value).__name__})", where=where)
+    tree = cls(shape=spec.shape, **values)
+    if problem := tree.problem():
+        raise FormatError(problem, where=where, why="these bytes are not the tensor that they claim to be")
+    return tree
+
+
+def _leaf(leaf: Leaf, parts: Mapping[str, Tensor], path: str, where: str) -> Tensor | Codes:
+    if path not in parts:
+        raise FormatError(f"part {path!r} is missing", where=where)
+    data = parts[path]
+    found = (str(data.dtype).removeprefix("torch."), tuple(data.shape))
+    if found != (leaf.dtype, leaf.shape):
+        raise FormatError(f"part {path!r} is {found}, the spec says {(leaf.dtype, leaf.shape)}", where=where)
+    return data if leaf.levels is None else Codes(data, leaf.columns or 0, leaf.levels)
+
+
+def _scale_problem(scale: QTensor, block: Block, shape: tuple[int, ...]) -> str:
+    blocks = block.count(shape)
+    return "" if scale.shape == blocks else f"scales of shape {scale.shape} for {blocks} blocks"
 
 
 def _fields(node: QTensor) -> Iterator[tuple[str, Any]]:

@@ -74,6 +74,9 @@ class Spec:
                 raise TypeError("static fields are strings and numbers")
             leaves = tuple(_leaf(*row) for row in value["leaves"])
             children = tuple((str(k), cls.from_json(v, depth + 1)) for k, v in value["children"].items())
+            names = [name for name, _ in (*static, *children)] + [leaf.name for leaf in leaves]
+            if len(set(names)) < len(names) or any("." in name for name in names):
+                raise ValueError(f"field names {names}")
             return cls(str(value["node"]), _shape(value["shape"]), static, leaves, children)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise FormatError(f"not a spec ({error}): {json.dumps(value, default=str)[:200]}") from error
@@ -82,7 +85,8 @@ class Spec:
 def _leaf(name: Any, dtype: Any, shape: Any, columns: Any, levels: Any) -> Leaf:
     if dtype not in _DTYPE_BYTES:
         raise ValueError(f"dtype {dtype!r}")
-    if (columns is None) != (levels is None) or (levels is not None and not 2 <= levels <= 256):
+    packed = type(columns) is int and type(levels) is int and columns >= 0 and 2 <= levels <= 256
+    if not packed and (columns, levels) != (None, None):
         raise ValueError(f"columns {columns!r} and levels {levels!r}")
     return Leaf(str(name), dtype, _shape(shape), columns, levels)
 

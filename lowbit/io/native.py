@@ -11,129 +11,157 @@ While a walk is under way the directory holds ``lowbit-work.json`` and the finis
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from lowbit import digest
 from lowbit.arrays import Tensor
-from lowbit.errors import CheckpointError, StorageError
-from lowbit.formats.qtensor import QTensor, build
+from lowbit.errors import CheckpointError, ModelError, StorageError
+from lowbit.formats.qtensor import QTensor
 from lowbit.formats.spec import Spec
-from lowbit.models.graph import outside_blocks
+from lowbit.io.layout import VERSION, check_parts, header, opened, read_shard, shard_specs, site_specs
+from lowbit.io.storage import LOCK, Lock, storage, write_json, write_tensors
+from lowbit.models.graph import outside_blocks, stored
 from lowbit.models.source import Source
 from lowbit.models.store import INDEX, read_json
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.walk import SiteReport
 
-VERSION = 1
-MANIFEST, WORK, REST, LOCK = "lowbit.json", "lowbit-work.json", "lowbit-rest.safetensors", ".lowbit-lock"
+__all__ = ["VERSION", "Writer", "is_native", "qtensors", "site_specs", "verify"]
+
+MANIFEST, WORK, REST = "lowbit.json", "lowbit-work.json", "lowbit-rest.safetensors"
 _COPIED = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json",
            "generation_config.json", "chat_template*", "*.model")  # fmt: skip
 
 
 class Writer:
-    """The sink of a walk that makes a native checkpoint; one process at a time, every file atomic."""
+    """The sink of a walk that makes a native checkpoint; one process at a time, every file atomic.
 
-    def __init__(self, out: Path, source: Source, recipe: Recipe, calibration: str | None) -> None:
-        """``calibration`` is the digest of the calibration tokens, None when none are used.
+    with Writer(out, source, recipe, calibration) as sink:
+        if not sink.already_done:
+            walk(source, recipe, tokens, sink)
+            sink.finish({})
+    """
 
-        Raises StorageError when the directory holds something else, or another process is writing it.
+    def __init__(
+        self, out: Path, source: Source, recipe: Recipe, calibration: str | None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """``calibration`` is the digest of the calibration tokens, None when none are used; ``dtype`` the walk's.
+
+        ``already_done`` tells that the directory holds this very result. Raises StorageError when it holds something
+        else, or another process is writing it.
         """
         self.out, self.source, self.recipe = out, source, recipe
         self.work = {
             "version": VERSION, "source": source.digest, "recipe": recipe.model_dump(), "calibration": calibration,
+            "dtype": str(dtype).removeprefix("torch."),
         }  # fmt: skip
-        with _storage(out):
+        with storage(out):
             out.mkdir(parents=True, exist_ok=True)
-            self._lock = _acquire(out)
-            self._begin()
+            self._lock = Lock(out)
+            try:
+                self.already_done = self._begin()
+            except BaseException:
+                self._lock.release()
+                raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
 
     def has(self, block: str) -> bool:
         return self._shard(block).exists()
 
     def read(self, block: str) -> dict[str, QTensor]:
-        path = self._shard(block)
-        with _opened(path) as shard:
-            specs = _specs(shard.metadata() or {}, path)
-            parts = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
-        return {site: build(spec, parts, f"{site}.weight.") for site, spec in specs.items()}
+        return dict(read_shard(self._shard(block)))
 
     def write(self, block: str, module: nn.Module, codes: Mapping[str, QTensor], reports: list[SiteReport]) -> None:
         tensors = {f"{site}.weight.{p.path}": p.data.contiguous() for site, q in codes.items() for p in q.parts()}
-        for name, parameter in module.named_parameters():
-            full = f"{block}.{name}"
-            if full.removesuffix(".weight") not in codes:
-                tensors[full] = _sixteen(self.source.tensor(full, tuple(parameter.shape)))
-        specs = {site: q.spec().to_json() for site, q in codes.items()}
-        with _storage(self.out):
-            report = [asdict(r) for r in reports]
-            _write_json(self._shard(block).with_suffix(".json"), report)
-            _write_tensors(self._shard(block), tensors, {"specs": specs, "version": VERSION})
+        rest = ((f"{block}.{name}", tensor) for name, tensor in stored(module))
+        tensors |= self._sixteen((name, t) for name, t in rest if name.removesuffix(".weight") not in codes)
+        with storage(self.out):
+            write_json(self._shard(block).with_suffix(".json"), [asdict(r) for r in reports])
+            write_tensors(self._shard(block), tensors, header({site: q.spec() for site, q in codes.items()}))
 
     def finish(self, extra: Mapping[str, Any]) -> Path:
-        """Write what belongs to no block, the index, the manifest and last of all config.json."""
-        rest: dict[str, Tensor] = {}
-        for name, parameter in outside_blocks(self.source.skeleton, self.source.blocks):
-            rest[name] = _sixteen(self.source.tensor(name, tuple(parameter.shape)))
-        with _storage(self.out):
-            _write_tensors(self.out / REST, rest, {"specs": {}, "version": VERSION})
-            shards = [self._shard(block) for block in self.source.blocks] + [self.out / REST]
-            weight_map, specs, reports, total = {}, {}, [], 0
-            for path in shards:
-                with _opened(path) as shard:
-                    specs |= _specs(shard.metadata() or {}, path)
+        """Write what belongs to no block, the index, the manifest with ``extra``, and last of all config.json."""
+        if self.already_done:
+            return self.out
+        rest = self._sixteen(outside_blocks(self.source.skeleton, self.source.blocks))
+        with storage(self.out):
+            write_tensors(self.out / REST, rest, header({}))
+            blocks = [self._shard(block) for block in self.source.blocks]
+            weight_map: dict[str, str] = {}
+            specs: dict[str, Spec] = {}
+            files: dict[str, dict[str, Any]] = {}
+            reports: list[Any] = []
+            for path in [*blocks, self.out / REST]:
+                with opened(path) as shard:
+                    specs |= shard_specs(shard.metadata() or {}, path)
                     weight_map |= dict.fromkeys(shard.keys(), path.name)
-                total += path.stat().st_size
-                if path.name != REST:
-                    reports += json.loads(path.with_suffix(".json").read_text())
+                files[path.name] = {"bytes": path.stat().st_size, "sha256": digest.of_file(path)}
+            for path in blocks:
+                reports += json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             self._copy_companions()
-            _write_json(self.out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-            files = {p.name: {"bytes": p.stat().st_size, "sha256": digest.of_file(p)} for p in shards}
-            _write_json(self.out / MANIFEST, {**self.work, **extra, "files": files, "sites": reports})
-            _write_json(self.out / "config.json", self._config(specs))
-            (self.out / WORK).unlink()
-            for path in shards[:-1]:
-                path.with_suffix(".json").unlink()
+            total = sum(int(entry["bytes"]) for entry in files.values())
+            write_json(self.out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_json(self.out / MANIFEST, {**extra, **self.work, "files": files, "sites": reports})
+            write_json(self.out / "config.json", self._config(specs))
+            self._clean()
         self.close()
         return self.out
 
     def close(self) -> None:
         """Let another process write here."""
-        self._lock.close()
-        (self.out / LOCK).unlink(missing_ok=True)
+        self._lock.release()
 
-    def _begin(self) -> None:
+    def _begin(self) -> bool:
+        """Whether the result is there already; else marks the directory as this work's."""
         marker = self.out / WORK
         if (self.out / "config.json").exists():
-            held = self.out / MANIFEST
-            same = held.exists() and {k: read_json(held).get(k) for k in self.work} == _jsoned(self.work)
-            raise StorageError(
-                "holds this very result already" if same else "holds another model", where=str(self.out),
-                why="nothing is overwritten", fix="another -o, or remove the directory first",
-            )  # fmt: skip
+            if not is_native(self.out) or _work_of(self.out / MANIFEST, self.work) != self.work:
+                raise StorageError(
+                    "holds another model", where=str(self.out), why="nothing is overwritten",
+                    fix="another -o, or remove the directory first",
+                )  # fmt: skip
+            verify(self.out, contents=False)
+            self._clean()
+            return True
         if marker.exists():
-            if read_json(marker) != _jsoned(self.work):
+            if _work_of(marker, self.work) != self.work:
                 raise StorageError(
                     "holds an unfinished run of another recipe, model or text", where=str(self.out),
                     fix="the same command as before to go on with it, another -o, or remove the directory",
                 )  # fmt: skip
-        elif any(p.name != LOCK for p in self.out.iterdir()):
+        elif any(p.name not in (LOCK, f"{WORK}.partial") for p in self.out.iterdir()):
             raise StorageError("is not empty", where=str(self.out), why="nothing is overwritten", fix="another -o")
         else:
-            _write_json(marker, self.work)
+            write_json(marker, self.work)
+        return False
+
+    def _clean(self) -> None:
+        """Remove what only an unfinished run needs; config.json is there, so a kill in between loses nothing."""
+        for block in self.source.blocks:
+            self._shard(block).with_suffix(".json").unlink(missing_ok=True)
+        (self.out / WORK).unlink(missing_ok=True)
+
+    def _sixteen(self, held: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """The source's weights of these names; buffers that its files lack are computed again by every reader."""
+        return {
+            name: _to_sixteen(self.source.tensor(name, tuple(tensor.shape)))
+            for name, tensor in held
+            if isinstance(tensor, nn.Parameter) or self.source.has(name)
+        }
 
     def _shard(self, block: str) -> Path:
         return self.out / f"lowbit-block-{self.source.blocks.index(block):05d}.safetensors"
@@ -158,32 +186,17 @@ class Writer:
         return dict(config)
 
 
-def site_specs(quantization_config: Mapping[str, Any], where: str) -> dict[str, Spec]:
-    """The spec of every site from a config's ``quantization_config``; raises CheckpointError when it is not one."""
-    if quantization_config.get("version") != VERSION:
-        raise CheckpointError(
-            f"quantization_config.version is {quantization_config.get('version')!r}", where=where,
-            why=f"this lowbit reads version {VERSION}", fix="another version of lowbit",
-        )  # fmt: skip
-    specs: dict[str, Spec] = {}
-    try:
-        for entry in quantization_config["formats"]:
-            spec = Spec.from_json(entry["spec"])
-            specs |= dict.fromkeys(map(str, entry["sites"]), spec)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"quantization_config.formats is malformed: {error!r}", where=where) from error
-    return specs
-
-
 def verify(root: Path, contents: bool = True) -> dict[str, Any]:
     """Check a native checkpoint against its manifest, before anything is allocated; returns the manifest.
 
-    Sizes and headers always; every byte's sha256 when ``contents``. Raises CheckpointError naming file and field.
+    Sizes, headers, index and specs always; every byte's sha256 when ``contents``. Raises CheckpointError naming file
+    and field.
     """
     try:
         manifest = read_json(root / MANIFEST)
-    except Exception as error:
-        raise CheckpointError(f"no readable manifest: {error}", where=str(root / MANIFEST)) from error
+        index, config = read_json(root / INDEX), read_json(root / "config.json")
+    except ModelError as error:
+        raise CheckpointError(error.what, where=error.where, fix="copy the directory again") from error
     if manifest.get("version") != VERSION:
         raise CheckpointError(
             f"version is {manifest.get('version')!r}, this lowbit reads {VERSION}", where=str(root / MANIFEST),
@@ -205,7 +218,28 @@ def verify(root: Path, contents: bool = True) -> dict[str, Any]:
                 f"its bytes do not have files.{name}.sha256", where=str(path), why="it was altered",
                 fix="copy it again, or quantize again",
             )  # fmt: skip
+    _check_headers(root, list(files), index, config)
     return manifest
+
+
+def _check_headers(root: Path, files: list[str], index: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Every tensor is where the index says and is what the specs of its shard and of config.json say."""
+    where: dict[str, str] = {}
+    specs: dict[str, Spec] = {}
+    for name in files:
+        path = root / name
+        with opened(path) as shard:
+            where |= dict.fromkeys(shard.keys(), name)
+            for site, spec in shard_specs(shard.metadata() or {}, path).items():
+                specs[site] = spec
+                check_parts(shard, site, spec, path)
+    if index.get("weight_map") != where:
+        raise CheckpointError("weight_map is not what the shards hold", where=str(root / INDEX), fix="copy it again")
+    if site_specs(config.get("quantization_config") or {}, str(root / "config.json")) != specs:
+        raise CheckpointError(
+            "quantization_config.formats is not what the shards hold", where=str(root / "config.json"),
+            fix="copy it again",
+        )  # fmt: skip
 
 
 def is_native(root: Path) -> bool:
@@ -215,88 +249,18 @@ def is_native(root: Path) -> bool:
 def qtensors(root: Path) -> Iterator[tuple[str, QTensor]]:
     """Every low-bit site of a verified checkpoint with its QTensor, one shard at a time."""
     for name in verify(root, contents=False)["files"]:
-        path = root / name
-        with _opened(path) as shard:
-            for site, spec in _specs(shard.metadata() or {}, path).items():
-                prefix = f"{site}.weight."
-                yield site, build(spec, {prefix + p: shard.get_tensor(prefix + p) for p in spec.paths()}, prefix)
+        yield from read_shard(root / name)
 
 
-def _sixteen(tensor: Tensor) -> Tensor:
+def _work_of(path: Path, work: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a manifest or marker that say which work it belongs to."""
+    held = read_json(path)
+    return {key: held.get(key) for key in work}
+
+
+def _to_sixteen(tensor: Tensor) -> Tensor:
     """float32 becomes float16 where it fits and bfloat16 elsewhere; everything else stays as it is."""
     if tensor.dtype != torch.float32:
         return tensor.contiguous()
     fits = tensor.numel() == 0 or float(tensor.abs().max()) < torch.finfo(torch.float16).max
     return tensor.to(torch.float16 if fits else torch.bfloat16).contiguous()
-
-
-def _specs(metadata: Mapping[str, str], path: Path) -> dict[str, Spec]:
-    try:
-        held = json.loads(metadata["lowbit"])
-        if held["version"] != VERSION:
-            raise CheckpointError(f"metadata.lowbit.version is {held['version']!r}", where=str(path))
-        return {str(site): Spec.from_json(spec) for site, spec in held["specs"].items()}
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"metadata.lowbit is malformed: {error!r}", where=str(path)) from error
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as shard:
-            yield shard
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot be read: {error}", where=str(path), fix="remove it and run again") from error
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    save_file(dict(tensors), partial, metadata={"format": "pt", "lowbit": digest.canonical(header)})
-    _commit(partial, path)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _commit(partial, path)
-
-
-def _commit(partial: Path, path: Path) -> None:
-    """Make a finished file visible under its name, durably."""
-    with partial.open("rb") as f:
-        os.fsync(f.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _acquire(out: Path) -> Any:
-    lock = (out / LOCK).open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise StorageError(
-            "another process is writing here", where=str(out), fix="wait for it, or another -o"
-        ) from None
-    return lock
-
-
-@contextlib.contextmanager
-def _storage(out: Path) -> Iterator[None]:
-    """Disk trouble as one clear error; what was finished stays."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        raise StorageError(
-            "the disk is full" if full else f"cannot be written: {error}", where=str(out),
-            why="finished blocks are kept", fix="make room, then the same command again" if full else "",
-        ) from error  # fmt: skip
-
-
-def _jsoned(value: Any) -> Any:
-    return json.loads(json.dumps(value))

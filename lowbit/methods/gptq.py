@@ -65,9 +65,7 @@ class Gptq:
         return _dynamic(w.matrix, U, fmt, importance, self)
 
 
-def factor(
-    gram: Gram, damp: float, act_order: bool, where: str
-) -> tuple[Int[Tensor, "in"], Float[Tensor, "in in"]]:
+def factor(gram: Gram, damp: float, act_order: bool, where: str) -> tuple[Int[Tensor, "in"], Float[Tensor, "in in"]]:
     """The column order and the upper Cholesky factor of the damped H⁻¹, computed once a Gram matrix.
 
     Raises GramError, naming the layer, when H is not positive definite even with damping.

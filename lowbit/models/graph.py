@@ -71,18 +71,43 @@ def sites_of(module: nn.Module, prefix: str) -> list[Site]:
     for name, child in module.named_modules():
         if is_linear(child):
             rows, columns = matrix(child).shape
-            found.append(Site(f"{prefix}.{name}" if name else prefix, (rows, columns), child.bias is not None))
+            found.append(Site(_join(prefix, name), (rows, columns), child.bias is not None))
     return found
+
+
+def stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint holds of a module: its parameters (tied ones once) and persistent buffers, by their names."""
+    yield from module.named_parameters()
+    kept = module.state_dict(keep_vars=True)
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in kept)
 
 
 def other_matrices(module: nn.Module, prefix: str) -> list[tuple[str, tuple[int, ...]]]:
     """Parameters of two or more dimensions that belong to no linear (routers, fused experts, embeddings)."""
     owned = {id(child.weight) for child in module.modules() if is_linear(child)}
     return [
-        (f"{prefix}.{name}", tuple(p.shape))
+        (_join(prefix, name), tuple(p.shape))
         for name, p in module.named_parameters()
         if p.ndim >= 2 and id(p) not in owned
     ]
+
+
+def routers(module: nn.Module, prefix: str) -> set[str]:
+    """Names of the matrices that choose experts: one row an expert, held beside the list of experts."""
+    found = set()
+    for name, parent in module.named_modules():
+        experts = parent._modules.get("experts")
+        if isinstance(experts, nn.ModuleList):
+            found |= {
+                _join(prefix, _join(name, leaf))
+                for leaf, p in parent.named_parameters()
+                if p.ndim == 2 and len(p) == len(experts) and not leaf.startswith("experts.")
+            }
+    return found
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
 class Experts(nn.ModuleList):
@@ -130,9 +155,24 @@ def _linear_over(weight: Tensor) -> nn.Linear:
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """Whether a module holds gated experts as transformers 5 fuses them, and nothing else."""
-    names = {name for name, _ in module.named_parameters(recurse=False)}
-    return names == {"gate_up_proj", "down_proj"} and module.gate_up_proj.ndim == 3 and hasattr(module, "act_fn")  # type: ignore[union-attr]
+    """Whether a module holds gated experts as transformers 5 fuses them, computed its common way, and nothing else.
+
+    Experts with biases, transposed or interleaved weights, a norm or a gate of their own are not: :class:`Expert`
+    would compute something else.
+    """
+    names = {name for name, _ in module.named_parameters()}
+    if names != {"gate_up_proj", "down_proj"} or not hasattr(module, "act_fn"):
+        return False
+    gate_up, down = tuple(module.gate_up_proj.shape), tuple(module.down_proj.shape)  # type: ignore[union-attr, arg-type]
+    if len(down) != 3 or gate_up != (down[0], 2 * down[2], down[1]):
+        return False
+    own_gate = getattr(getattr(module, "_apply_gate", None), "__module__", None) != "transformers.integrations.moe"
+    return not own_gate and all(getattr(module, key, None) is value for key, value in _COMMON.items())
+
+
+_COMMON = {
+    "has_gate": True, "has_bias": False, "has_post_expert_norm": False, "is_transposed": False, "is_concatenated": True,
+}  # fmt: skip
 
 
 def split_experts(model: nn.Module) -> int:
@@ -144,9 +184,7 @@ def split_experts(model: nn.Module) -> int:
     return len(fused)
 
 
-def outside_blocks(model: PreTrainedModel, blocks: list[str]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters that belong to no block: embeddings, final norm, head (tied ones once)."""
+def outside_blocks(model: PreTrainedModel, blocks: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint holds beside the blocks: embeddings, final norm, head (tied ones once)."""
     prefix = blocks[0].rpartition(".")[0] + "."
-    for name, parameter in model.named_parameters():
-        if not name.startswith(prefix):
-            yield name, parameter
+    return ((name, tensor) for name, tensor in stored(model) if not name.startswith(prefix))

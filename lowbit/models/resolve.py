@@ -29,7 +29,8 @@ def locate(name: str, say: Callable[[str], None] = lambda _: None) -> Path:
         return gguf.convert(_demo_file(), say)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.exists():
         return _from_hub(name)
-    raise ModelError("does not exist", where=name, fix=f"a model directory, a .gguf file, a hub id or {DEMO!r}")
+    what = "is neither a directory nor a .gguf file" if path.exists() else "does not exist"
+    raise ModelError(what, where=name, fix=f"a model directory, a .gguf file, a hub id or {DEMO!r}")
 
 
 def open_model(name: str, say: Callable[[str], None] = lambda _: None) -> Source:

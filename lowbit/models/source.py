@@ -1,8 +1,8 @@
 """Source: a model whose weights are visited block by block and never all at once.
 
-    source = open_model("path/to/model")      # a directory, a .gguf file, a hub id, or the demo's name
-    source.sites("model.layers.0")            # without loading anything
-    block = source.load("model.layers.0", torch.bfloat16)
+source = open_model("path/to/model")      # a directory, a .gguf file, a hub id, or the demo's name
+source.sites("model.layers.0")            # without loading anything
+block = source.load("model.layers.0", torch.bfloat16)
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from lowbit import digest
 from lowbit.arrays import Tensor
-from lowbit.errors import ModelError, WeightError
-from lowbit.models.graph import Site, block_names, outside_blocks, sites_of, split_experts
+from lowbit.errors import LowbitError, ModelError, WeightError
+from lowbit.models.graph import Site, block_names, outside_blocks, sites_of, split_experts, stored
 from lowbit.models.store import Files, Memory, TensorStore, read_json
 
 
@@ -62,19 +62,27 @@ class Source:
     def head_sites(self) -> list[Site]:
         """Linears outside the blocks: the head, unless it is the embedding."""
         names = {name for name, _ in outside_blocks(self.skeleton, self.blocks)}
-        found = sites_of(self.skeleton, "")
-        return [
-            Site(s.name.lstrip("."), s.shape, s.bias) for s in found if s.name.lstrip(".") + ".weight" in names
-        ]  # fmt: skip
+        return [site for site in sites_of(self.skeleton, "") if f"{site.name}.weight" in names]
 
     def load(self, prefix: str, dtype: torch.dtype) -> nn.Module:
         """A copy of the module ``prefix`` with its weights in ``dtype``; the caller drops it when done."""
-        module = copy.deepcopy(self.skeleton.get_submodule(prefix))
-        for name, parameter in list(module.named_parameters()):
-            tensor = self.tensor(f"{prefix}.{name}", tuple(parameter.shape)).to(dtype)
-            parent, _, leaf = name.rpartition(".")
-            module.get_submodule(parent)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-        return module.eval()
+        return self.fill(copy.deepcopy(self.skeleton.get_submodule(prefix)), prefix, dtype).eval()
+
+    def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype) -> nn.Module:
+        """Give a module of the skeleton its weights in ``dtype``, in place; buffers keep their own dtype."""
+        for name, held in list(stored(module)):
+            full, (parent, _, leaf) = f"{prefix}.{name}", name.rpartition(".")
+            owner = module.get_submodule(parent)
+            if isinstance(held, nn.Parameter):
+                tensor = self.tensor(full, tuple(held.shape)).to(dtype)
+                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            elif self.has(full):
+                owner._buffers[leaf] = self.tensor(full, tuple(held.shape)).to(held.dtype)
+        return module
+
+    def has(self, name: str) -> bool:
+        """Whether the file holds a weight of this very name (a buffer that it lacks is computed)."""
+        return any(spelling in self._known for spelling in _spellings(name, self.skeleton.base_model_prefix))
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The weight that the model calls ``name``, whatever its file calls it, checked for shape and finiteness."""
@@ -96,7 +104,7 @@ class Source:
             if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate_up_proj|down_proj)\.weight", candidate):
                 experts, e, leaf = match[1], int(match[2]), match[3]
                 if f"{experts}.{leaf}" in self._known:  # fused in the file: (experts, out, in)
-                    return self.store.get(f"{experts}.{leaf}")[e]
+                    return self.store.get(f"{experts}.{leaf}", e)
                 for parts in _EXPERT_PARTS[leaf]:  # one by one in the file
                     names = [f"{experts}.{e}.{part}.weight" for part in parts]
                     if all(n in self._known for n in names):
@@ -136,7 +144,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -166,7 +174,9 @@ def of_directory(root: Path, name: str | None = None) -> Source:
     try:
         config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
         return Source(name or root.resolve().name, config, Files(root), root)
-    except (ValueError, OSError, KeyError) as error:
+    except LowbitError:
+        raise
+    except Exception as error:  # an untrusted configuration can make transformers and torch raise anything
         raise ModelError(f"is no model that transformers knows: {error}", where=str(root)) from error
 
 
@@ -176,6 +186,6 @@ def of_model(model: PreTrainedModel) -> Source:
 
 
 def _known_model_types() -> set[str]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
-    return set(CONFIG_MAPPING_NAMES)
+    return set(CONFIG_MAPPING.keys())

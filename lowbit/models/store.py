@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from safetensors import SafetensorError, safe_open
 
@@ -18,11 +18,12 @@ SINGLE = "model.safetensors"
 _MAX_JSON = 64 << 20
 
 
+@runtime_checkable
 class TensorStore(Protocol):
     """Named tensors, one at a time."""
 
     def names(self) -> Iterable[str]: ...
-    def get(self, name: str) -> Tensor: ...
+    def get(self, name: str, index: int | None = None) -> Tensor: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def nbytes(self) -> int: ...
     def digest(self) -> str: ...
@@ -42,17 +43,19 @@ class Files:
                 raise ModelError(
                     f"cannot be read: {error}", where=str(path),
                     why="the file is truncated, altered or not safetensors", fix="download or copy it again",
-                )  # fmt: skip
+                ) from error  # fmt: skip
             for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
                 self._where[name] = (handle, path.name)
 
     def names(self) -> Iterable[str]:
         return self._where
 
-    def get(self, name: str) -> Tensor:
+    def get(self, name: str, index: int | None = None) -> Tensor:
+        """A tensor, or only its slice ``index`` along the first dimension. Raises WeightError when it is missing."""
         if name not in self._where:
             raise WeightError(f"the weight {name!r} is missing", where=str(self.root), fix="check the shards")
-        tensor: Tensor = self._where[name][0].get_tensor(name)
+        handle = self._where[name][0]
+        tensor: Tensor = handle.get_tensor(name) if index is None else handle.get_slice(name)[index]
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -75,10 +78,11 @@ class Memory:
     def names(self) -> Iterable[str]:
         return self.state
 
-    def get(self, name: str) -> Tensor:
+    def get(self, name: str, index: int | None = None) -> Tensor:
         if name not in self.state:
             raise WeightError(f"the weight {name!r} is missing", where="the model in memory")
-        return self.state[name].detach()
+        tensor = self.state[name].detach()
+        return tensor if index is None else tensor[index]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.state[name].shape)
@@ -98,7 +102,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError("does not exist", where=str(path), fix="a Hugging Face model directory") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ModelError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"is not JSON: {error}", where=str(path)) from error
     if not isinstance(value, dict):
         raise ModelError("is not a JSON object", where=str(path))

@@ -1,4 +1,4 @@
-"""Running a model block by block: the embedding, one block at a time, the final norm and the head.
+"""Running a model block by block: the embedding, then one block at a time.
 
 The model's own forward decides masks and positions. It is run once for every batch shape with recorders in place
 of its blocks; they note the keyword arguments that each block would have been given.
@@ -55,9 +55,23 @@ class Stream:
         """The output of block ``i``; ``hidden`` has a batch shape that was embedded before."""
         call = self._arguments[tuple(hidden.shape[:2])][i]
         with torch.inference_mode():
-            out = block(hidden, *call.args, **call.kwargs)
+            out = block(hidden.to(self.device), *call.args, **call.kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
+
+    def finish(self, hidden: Float[Tensor, "batch length d"]) -> Float[Tensor, "batch length d"]:
+        """Final hidden states, what the head reads, from the output of the last block."""
+        if self._shell is None:
+            self._shell = self._build_shell()
+        last = [m for m in self._shell.modules() if isinstance(m, _Recorder)][-1]
+        last.replacement = hidden
+        try:
+            with torch.inference_mode():
+                places = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
+                states: Tensor = self._shell(input_ids=places, use_cache=False).last_hidden_state
+        finally:
+            last.replacement = last.hidden = None
+        return states
 
     def _build_shell(self) -> nn.Module:
         """The model without its head, recorders for blocks, everything else loaded."""
@@ -68,12 +82,7 @@ class Stream:
         recorders = nn.ModuleList([_Recorder(layer, self._form) for layer in layers])
         setattr(skeleton.get_submodule(parent), leaf, recorders)
         shell: nn.Module = skeleton.base_model
-        for name, parameter in list(shell.named_parameters()):
-            full = f"{skeleton.base_model_prefix}.{name}"
-            tensor = self.source.tensor(full, tuple(parameter.shape)).to(self.dtype)
-            module, _, attribute = name.rpartition(".")
-            shell.get_submodule(module)._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
-        return shell.to(self.device)
+        return self.source.fill(shell, skeleton.base_model_prefix, self.dtype).to(self.device)
 
 
 class _Call(NamedTuple):
@@ -99,13 +108,15 @@ class _Recorder(nn.Module):
         self._block = [block]  # in a list: not a submodule, only asked for its attributes
         self.probe: nn.Module | None = None
         self.hidden: Tensor | None = None
+        self.replacement: Tensor | None = None
         self.arguments = _Call((), {})
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.hidden, self.arguments = hidden, _Call(args, kwargs)
         if self.probe is not None:
             self.form.returns_tuple = isinstance(self.probe(hidden, *args, **kwargs), tuple)
-        return (hidden, None) if self.form.returns_tuple else hidden
+        out = hidden if self.replacement is None else self.replacement
+        return (out, None) if self.form.returns_tuple else out
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lowbit.errors import CoverageError, RecipeError
-from lowbit.models.graph import Site, is_linear, other_matrices, outside_blocks
+from lowbit.errors import CoverageError, FormatError, RecipeError
+from lowbit.models.graph import Site, other_matrices, outside_blocks, routers
 from lowbit.models.source import Source
 from lowbit.pipeline.recipe import Recipe, Treatment
 
@@ -48,24 +48,27 @@ def audit(source: Source, recipe: Recipe) -> Coverage:
     RecipeError for an override that matches nothing or names what cannot be quantized, and FormatError for a shape
     that a format cannot take.
     """
+    modules = {block: source.skeleton.get_submodule(block) for block in source.blocks}
+    choosers = {name for block, module in modules.items() for name in routers(module, block)}
     in_blocks = [site for block in source.blocks for site in source.sites(block)]
-    heads = source.head_sites()
-    recipe.check([site.name for site in [*in_blocks, *heads]])
+    heads = [site.name for site in source.head_sites()]
+    apart = {site.name for site in in_blocks if f"{site.name}.weight" in choosers}  # 16 bit unless named
+    recipe.check([*(site.name for site in in_blocks), *heads])
+    named = _named_apart(recipe, apart, heads, [site.name for site in in_blocks if site.name not in apart])
     treated: dict[str, tuple[Site, Treatment]] = {}
     kept: list[Kept] = []
     for site in in_blocks:
-        _decide(recipe, site, treated, kept)
-    named = [rule.sites for rule in recipe.override if rule.keep is None]
-    for site in heads:
-        if site.name in named:
-            raise RecipeError(
-                "the head cannot be quantized yet", where=site.name, fix="leave it out: it stays in 16 bit",
-            )  # fmt: skip
+        decision = recipe.treatment(site.name) if site.name not in apart - named else ROUTER
+        if isinstance(decision, str):
+            kept.append(Kept(site.name, math.prod(site.shape), decision))
+        else:
+            _takes(decision, site)
+            treated[site.name] = (site, decision)
     unknown = []
-    for block in source.blocks:
-        for name, shape in other_matrices(source.skeleton.get_submodule(block), block):
-            if _is_router(source, name):
-                kept.append(Kept(name, math.prod(shape), "router"))
+    for block, module in modules.items():
+        for name, shape in other_matrices(module, block):
+            if name in choosers:
+                kept.append(Kept(name, math.prod(shape), ROUTER))
             else:
                 unknown.append((name, shape))
     if unknown:
@@ -73,27 +76,39 @@ def audit(source: Source, recipe: Recipe) -> Coverage:
         raise CoverageError(
             f"{len(unknown)} matrices in the blocks belong to no linear that lowbit knows; the first is {tuple(shape)}",
             where=name, why="leaving them in 16 bit in silence would make sizes and quality look better than they are",
-            fix="an architecture whose experts are plain or gate_up_proj/down_proj",
+            fix="an architecture whose experts are plain linears or the common fused gate_up_proj and down_proj",
         )  # fmt: skip
-    for name, parameter in outside_blocks(source.skeleton, source.blocks):
-        if parameter.ndim >= 2:
-            kept.append(Kept(name, parameter.numel(), "embedding or head: 16 bit unless a recipe names it"))
+    for name, tensor in outside_blocks(source.skeleton, source.blocks):
+        if tensor.ndim >= 2:
+            why = recipe.treatment(name.removesuffix(".weight"))
+            kept.append(Kept(name, tensor.numel(), why if isinstance(why, str) else OUTSIDE))
     if not treated:
         raise CoverageError("the recipe quantizes nothing", where=recipe.line, fix="fewer overrides with keep")
     total = sum(p.numel() for p in source.skeleton.parameters())
     return Coverage(treated, tuple(kept), total)
 
 
-def _decide(recipe: Recipe, site: Site, treated: dict[str, tuple[Site, Treatment]], kept: list[Kept]) -> None:
-    decision = recipe.treatment(site.name)
-    if isinstance(decision, str):
-        kept.append(Kept(site.name, math.prod(site.shape), decision))
-    else:
-        decision.format.check(site.shape)
-        treated[site.name] = (site, decision)
+ROUTER = "router: 16 bit unless a recipe names it"
+OUTSIDE = "embedding or head: 16 bit"
 
 
-def _is_router(source: Source, name: str) -> bool:
-    """A matrix of as many rows as there are experts, held by a module that is no linear."""
-    module = source.skeleton.get_submodule(name.rpartition(".")[0])
-    return not is_linear(module) and getattr(module, "num_experts", None) == module.weight.shape[0]  # type: ignore[union-attr, index]
+def _named_apart(recipe: Recipe, apart: set[str], heads: list[str], ordinary: list[str]) -> set[str]:
+    """Routers that an override names: a pattern that matches some of them and no ordinary linear.
+
+    Raises RecipeError when such a pattern asks for codes in the head.
+    """
+    named: set[str] = set()
+    for rule in recipe.override:
+        if rule.keep is not None or any(rule.matches(name) for name in ordinary):
+            continue
+        named |= {name for name in apart if rule.matches(name)}
+        if head := next((name for name in heads if rule.matches(name)), None):
+            raise RecipeError("the head cannot be quantized yet", where=head, fix="leave it out: it stays in 16 bit")
+    return named
+
+
+def _takes(treatment: Treatment, site: Site) -> None:
+    try:
+        treatment.format.check(site.shape)
+    except FormatError as error:
+        raise FormatError(error.what, where=site.name, why=error.why, fix=error.fix) from error

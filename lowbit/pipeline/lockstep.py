@@ -45,6 +45,7 @@ class Lockstep:
         for run, batch in zip(self._runs, self._hidden.batches(), strict=True):
             while not run.done:
                 run.step()
+            assert run.result is not None  # a run that is done has a result or has raised
             self._hidden.data[batch] = run.result
             run.result = None
 
@@ -113,7 +114,10 @@ class _Run(threading.Thread):
             raise _Abandoned
 
     def abandon(self) -> None:
-        if self.ident is not None and not self.done:
+        """Unwind the forward pass where it waits, and wait until the thread is gone."""
+        if self.ident is None:
+            return
+        if not self.done:
             self._given_up = True
             self._go.release()
-            self.join()
+        self.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,11 +47,11 @@ def discover(stream: Stream, i: int, block: nn.Module, hidden: Hidden, sites: li
         _remove(handles)
     shared: dict[tuple[int, int], list[str]] = {}
     for site, x in calls:  # the tensors are alive in ``calls``, so address and width name one input
-        group = shared.setdefault((x.data_ptr(), x.shape[-1]), [])
-        if site not in group:
-            group.append(site)
+        readers = shared.setdefault((x.data_ptr(), x.shape[-1]), [])
+        if site not in readers:
+            readers.append(site)
     seen = {site for site, _ in calls}
-    groups = [tuple(group) for group in shared.values()] + [(site,) for site in sites if site not in seen]
+    groups = [tuple(readers) for readers in shared.values()] + [(site,) for site in sites if site not in seen]
     stages: dict[str, list[tuple[str, ...]]] = {}
     for group in groups:
         stages.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.*.", group[0]), []).append(group)
@@ -83,10 +84,8 @@ def observe(
     ]
     try:
         for batch in hidden.batches():
-            try:
+            with contextlib.suppress(_Enough):
                 stream.run(i, block, hidden.data[batch])
-            except _Enough:
-                pass
     finally:
         _remove(handles)
     return found

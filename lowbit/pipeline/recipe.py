@@ -1,19 +1,19 @@
 """Recipe: what to do to a model, as data. One line (``gptq:int4-g64,damp=0.02``) or a TOML file.
 
-    [[step]]
-    method = "gptq"
-    format = "int4-g64"
-    options = { act_order = true }
-    [[override]]                       # the first that matches a site wins
-    sites = "*.down_proj"
-    format = "int8-row"
-    [[override]]
-    sites = "model.layers.0.*"
-    keep = "the first block is fragile"
-    [calibration]
-    text = "pydoc"
-    samples = 32
-    length = 512
+[[step]]
+method = "gptq"
+format = "int4-g64"
+options = { act_order = true }
+[[override]]                       # the first that matches a site wins
+sites = "*.down_proj"
+format = "int8-row"
+[[override]]
+sites = "model.layers.0.*"
+keep = "the first block is fragile"
+[calibration]
+text = "pydoc"
+samples = 32
+length = 512
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import fnmatch
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -32,7 +32,7 @@ from lowbit.formats.format import Format
 from lowbit.formats.presets import preset
 from lowbit.methods.base import Encoder, method
 
-Scalar = bool | int | float | str
+Scalar = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str
 
 
 class _Data(BaseModel):
@@ -60,7 +60,12 @@ class Override(_Data):
     def _one_of(self) -> Override:
         if (self.keep is not None) == bool(self.method or self.format or self.options):
             raise ValueError("an override either keeps its sites, with a reason, or changes method, format or options")
+        if self.keep is not None and not self.keep.strip():
+            raise ValueError("keep is the reason for keeping the sites, in words")
         return self
+
+    def matches(self, site: str) -> bool:
+        return fnmatch.fnmatchcase(site, self.sites)
 
 
 class Calibration(_Data):
@@ -91,26 +96,42 @@ class Recipe(_Data):
 
     def treatment(self, site: str) -> Treatment | str:
         """How a site is treated, or the reason for keeping it as it is."""
+        return self._apply(next((rule for rule in self.override if rule.matches(site)), None))
+
+    def _apply(self, rule: Override | None) -> Treatment | str:
         step = self.step[0]
-        for rule in self.override:
-            if fnmatch.fnmatchcase(site, rule.sites):
-                if rule.keep is not None:
-                    return rule.keep
-                name = rule.method or step.method
-                options = rule.options if rule.method else {**step.options, **rule.options}
-                return Treatment(name, method(name, options), preset(rule.format or step.format))
-        return Treatment(step.method, method(step.method, step.options), preset(step.format))
+        if rule is None:
+            return Treatment(step.method, method(step.method, step.options), preset(step.format))
+        if rule.keep is not None:
+            return rule.keep
+        name = rule.method or step.method
+        options = rule.options if rule.method else {**step.options, **rule.options}
+        return Treatment(name, method(name, options), preset(rule.format or step.format))
 
     def check(self, sites: Iterable[str]) -> None:
-        """Raises RecipeError for an override that matches no site of the model."""
+        """Raises RecipeError for an override that decides about no site of the model."""
         known = list(sites)
+        free = set(known)
         for rule in self.override:
-            if not any(fnmatch.fnmatchcase(site, rule.sites) for site in known):
+            matched = {site for site in known if rule.matches(site)}
+            if not matched:
                 leaves = {site.rpartition(".")[2] for site in known}
                 raise RecipeError(
                     f"the override for {rule.sites!r} matches no site", why="it would change nothing in silence",
                     fix=f"patterns over names such as {known[0]!r} (leaves: {', '.join(sorted(leaves))})",
                 )  # fmt: skip
+            if not matched & free:
+                raise RecipeError(
+                    f"the override for {rule.sites!r} comes after others that take all its sites",
+                    why="the first match wins, so it would change nothing in silence", fix="put it before them",
+                )  # fmt: skip
+            free -= matched
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any of its treatments needs statistics, and so calibration text."""
+        treatments = [self.treatment("")] + [self.treatment(rule.sites) for rule in self.override]
+        return any(t.encoder.needs for t in treatments if not isinstance(t, str))
 
     @property
     def line(self) -> str:
@@ -145,9 +166,9 @@ def parse(text: str) -> Recipe:
 
 
 def with_calibration(recipe: Recipe, **changes: Any) -> Recipe:
-    """The same recipe with other calibration settings (those that are not None)."""
+    """The same recipe with other calibration settings (those that are not None). Raises RecipeError."""
     given = {key: value for key, value in changes.items() if value is not None}
-    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=given)})
+    return _checked({**recipe.model_dump(), "calibration": {**recipe.calibration.model_dump(), **given}}, "calibration")
 
 
 def _from_toml(path: Path) -> Recipe:
@@ -155,6 +176,8 @@ def _from_toml(path: Path) -> Recipe:
         return _checked(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
     except FileNotFoundError:
         raise RecipeError("does not exist", where=str(path)) from None
+    except OSError as error:
+        raise RecipeError(f"cannot be read: {error.strerror}", where=str(path)) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"is not TOML: {error}", where=str(path)) from error
 
@@ -168,9 +191,8 @@ def _checked(value: dict[str, Any], where: str) -> Recipe:
         known = {*Recipe.model_fields, *Step.model_fields, *Override.model_fields, *Calibration.model_fields}
         fix = nearest(str(first["loc"][-1]), known) if first["type"] == "extra_forbidden" else ""
         raise RecipeError(f"{field}: {first['msg']}", where=where, fix=fix) from error
-    recipe.treatment("")  # methods, options and formats exist
-    for rule in recipe.override:
-        recipe.treatment(rule.sites)
+    for rule in (None, *recipe.override):
+        recipe._apply(rule)  # methods, options and formats exist
     return recipe
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
-from lowbit.arrays import Float, Int, Tensor
+from lowbit.arrays import Int, Matrix, Tensor
 from lowbit.calibration.stats import Gram, Stats
 from lowbit.errors import CalibrationError
 from lowbit.formats.qtensor import QTensor
@@ -57,6 +57,7 @@ class Progress:
     total: int
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Where finished blocks go."""
 
@@ -81,8 +82,8 @@ def walk(
     """
     coverage = audit(source, recipe)
     calibrated = any(t.encoder.needs for _, t in coverage.treated.values())
-    if calibrated and tokens is None:
-        raise CalibrationError("this recipe needs calibration text", where=recipe.line, fix="--text FILE")
+    if calibrated:
+        _check_tokens(source, recipe, tokens)
     stream = Stream(source, dtype)
     hidden = Hidden.embed(stream, tokens, recipe.calibration.batch) if calibrated and tokens is not None else None
     stream.close()
@@ -108,6 +109,24 @@ def walk(
         done += len(sites)
         del block
     return coverage
+
+
+def _check_tokens(source: Source, recipe: Recipe, tokens: Int[Tensor, "windows length"] | None) -> None:
+    """Raises CalibrationError for tokens that are missing or that the model cannot read."""
+    if tokens is None or tokens.numel() == 0:
+        raise CalibrationError("this recipe needs calibration text", where=recipe.line, fix="--text FILE")
+    config = source.config.get_text_config(decoder=True)
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab_size:
+        raise CalibrationError(
+            f"token ids from {int(tokens.min())} to {int(tokens.max())}, the model knows 0 to {config.vocab_size - 1}",
+            where=source.name, fix="the tokenizer of this model",
+        )  # fmt: skip
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and tokens.shape[1] > longest:
+        raise CalibrationError(
+            f"windows of {tokens.shape[1]} tokens, the model reads at most {longest}", where=source.name,
+            fix=f"a length of at most {longest}",
+        )  # fmt: skip
 
 
 @dataclass
@@ -192,9 +211,7 @@ def _replace(recipe: Recipe, block: nn.Module, name: str, site: str, q: QTensor,
         set_matrix(block.get_submodule(site.removeprefix(name + ".")), q.decode(dtype))
 
 
-def _encode_site(
-    source: Source, site: str, coverage: Coverage, stats: Stats | None
-) -> tuple[QTensor, SiteReport]:
+def _encode_site(source: Source, site: str, coverage: Coverage, stats: Stats | None) -> tuple[QTensor, SiteReport]:
     started = time.perf_counter()
     _, treatment = coverage.treated[site]
     # The method sees the weight as the file has it, not as the forward pass rounded it.
@@ -204,18 +221,20 @@ def _encode_site(
     error = q.decode() - W
     return q, SiteReport(
         site, treatment.method, treatment.format.name, q.nbytes, q.bits_per_weight,
-        _ratio(error, W, None), _ratio(error, W, stats), time.perf_counter() - started,
+        _weight_error(error, W), _output_error(error, W, stats), time.perf_counter() - started,
     )  # fmt: skip
 
 
 _ERROR_ROWS = 128  # rows, evenly spaced, that the reported output error is taken over
 
 
-def _ratio(error: Float[Tensor, "out in"], W: Float[Tensor, "out in"], stats: Stats | None) -> float | None:
-    """Relative squared error of the weight, or of the output when a Gram matrix is there."""
-    if stats is None:
-        whole = float(W.square().sum())
-        return float(error.square().sum()) / whole if whole else 0.0
+def _weight_error(error: Matrix, W: Matrix) -> float:
+    whole = float(W.square().sum())
+    return float(error.square().sum()) / whole if whole else 0.0
+
+
+def _output_error(error: Matrix, W: Matrix, stats: Stats) -> float | None:
+    """Over a sample of rows; None without a Gram matrix."""
     if Gram not in stats:
         return None
     H = stats[Gram].sum()

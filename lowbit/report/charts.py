@@ -64,7 +64,7 @@ def pareto_kl(report: Report) -> Chart | None:
     )
     if zero := [p.label for p in found if p.value <= 0]:
         caption += f" KL is 0, drawn at the lower edge: {', '.join(zero)}."
-    levels = [_level(x, "noise floor", axis) for x in _floor(report)]
+    levels = [layer for x in _floor(report) for layer in _level(x, "noise floor", axis)]
     return Chart("pareto-kl", "KL against size", caption, _pareto(report, found, axis, levels))
 
 
@@ -87,7 +87,7 @@ def pareto_log_ppl(report: Report) -> Chart | None:
         f"Paired difference from the reference, which is at 0. The axis is linear within ±{constant:g} "
         "and logarithmic beyond. Bars are 95 % intervals."
     )
-    spec = _pareto(report, found, axis, [_level(0.0, "reference", axis)])
+    spec = _pareto(report, found, axis, _level(0.0, "reference", axis))
     return Chart("pareto-ppl", "Log-perplexity against size", caption, spec)
 
 
@@ -137,7 +137,7 @@ def named(report: Report) -> list[str]:
     return [label for label in labels if label in chosen]
 
 
-def _pareto(report: Report, found: list[Point], axis: _Axis, levels: Sequence[alt.LayerChart]) -> dict[str, Any]:
+def _pareto(report: Report, found: list[Point], axis: _Axis, levels: Sequence[alt.Chart]) -> dict[str, Any]:
     place = standings(found)
     unit, factor = text.size_unit(report.reference.bytes_total)
     recipes = {c.label: c.recipe for c in report.candidates}
@@ -203,7 +203,7 @@ def _profile(report: Report, rows: Rows, x: alt.X) -> dict[str, Any]:
         alt.Chart(alt.NamedData("others"))
         .mark_line(stroke="var(--faint)", strokeWidth=1)
         .encode(x=x, y=y("value:Q"), detail="label:N", tooltip=tooltip),
-        *(_level(value, "noise floor", axis) for value in _floor(report)),
+        *(layer for value in _floor(report) for layer in _level(value, "noise floor", axis)),
         main.mark_rule(strokeWidth=1, opacity=0.7).encode(x=x, y=y("low:Q"), y2="high:Q", color=colour),
         main.mark_line(strokeWidth=1.4).encode(x=x, y=y("value:Q"), color=colour),
         main.mark_point(size=22, filled=True, opacity=1).encode(
@@ -224,12 +224,12 @@ def _log_axis(values: Sequence[float]) -> _Axis:
     return _Axis(encode, lambda v: math.log(max(v, low) / low) / math.log(high / low))
 
 
-def _level(value: float, name: str, axis: _Axis) -> alt.LayerChart:
-    """A dashed horizontal line with its name at the right end."""
+def _level(value: float, name: str, axis: _Axis) -> list[alt.Chart]:
+    """A dashed horizontal line and its name at the right end."""
     base = alt.Chart(_values({"value": value, "name": name})).encode(y=axis.encode("value:Q"))
     rule = base.mark_rule(strokeDash=[5, 3], stroke="var(--muted)", strokeWidth=1)
     word = base.mark_text(align="right", baseline="bottom", dx=-2, dy=-2, fontStyle="italic", fill="var(--muted)")
-    return alt.layer(rule, word.encode(x=alt.value("width"), text="name:N"))
+    return [rule, word.encode(x=alt.value("width"), text="name:N")]
 
 
 def _spaced(rows: Rows, place: Callable[[dict[str, Any]], tuple[float, float]]) -> Rows:
@@ -267,7 +267,7 @@ def _tooltip(**titles: str) -> list[alt.Tooltip]:
     return [alt.Tooltip(f"{field}:N", title=title) for field, title in titles.items()]
 
 
-def _spec(layers: Sequence[alt.Chart | alt.LayerChart], datasets: dict[str, Rows]) -> dict[str, Any]:
+def _spec(layers: Sequence[alt.Chart], datasets: dict[str, Rows]) -> dict[str, Any]:
     chart = alt.layer(*layers).properties(width="container", height=300, background="transparent")
     chart = chart.configure(
         font=_FONT,

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
-
 SIZE_TOLERANCE = 1.001
 """Sizes within 0.1 % count as equal: a few bytes of header win no place on the front."""
 

@@ -15,7 +15,7 @@ MAX_FLIPS = 12
 """Flips listed a candidate, the most surprising first; the counts are over all of them."""
 
 _MAX_SENTENCES = 8
-_CONTEXT_CHARACTERS = 160
+_CONTEXT_CHARACTERS = 120
 _VERDICT_CLASSES = frozenset({"worse", "better", "same"})
 
 
@@ -79,7 +79,7 @@ def flips(report: Report) -> Html:
         return Html("")
     heads = [
         head("Candidate"),
-        head("Flips", "lost / gained / other", numeric=True),
+        head("Flips", "lost/gained/other", numeric=True),
         head("Largest margin lost", numeric=True),
     ]
     counts = [
@@ -144,7 +144,7 @@ def provenance(report: Report) -> Html:
         [
             Html(f"<pre><code>{plain(report.command)}</code></pre>"),
             _pairs("Scoring protocol", "protocol", protocol),
-            Html("<h3>Versions</h3>"),
+            Html("<h3>Versions of the model</h3>"),
             table("versions", heads, made),
             _pairs("Configuration", "configuration", report.configuration),
             _pairs("Digests", "digests", report.digests),
@@ -237,10 +237,10 @@ def _flip_table(c: Candidate) -> Html:
     heads = [
         head("Margin", numeric=True),
         head("Kind"),
-        head("Text before"),
         head("Text has"),
         head("Reference says"),
         head("Candidate says"),
+        head("After the text"),
     ]
     worst = sorted(c.flips, key=lambda f: -f.margin_ref)[:MAX_FLIPS]
     return table(f"flips of {c.label}", heads, [_flip_row(f) for f in worst])
@@ -252,8 +252,8 @@ def _flip_row(f: FlipRow) -> Html:
         [
             cell(f"{f.margin_ref:.3f}", kind="num"),
             cell(f.kind),
-            cell(before, kind="text"),
             *(cell(_token(word), kind="mono") for word in (f.target, f.reference_choice, f.candidate_choice)),
+            cell(before, kind="text"),
         ]
     )
 

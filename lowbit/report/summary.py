@@ -69,15 +69,15 @@ def main_table(report: Report) -> Table:
     columns = (
         Column("Candidate", "digest", numeric=False),
         *((Column("Model", numeric=False),) if several_models else ()),
-        Column("Size", "against reference"),
-        Column("Bits per weight", "quantized linears"),
-        Column("Δ log-perplexity", "nat a token, 95 % CI"),
+        Column("Size", "vs reference"),
+        Column("Bits/weight", "linears"),
+        Column("Δ log-ppl", "nat, 95 % CI"),
         Column("p", report.multiplicity_rule),
-        Column("KL", "nat a token, 95 % CI"),
+        Column("KL", "nat, 95 % CI"),
         Column("KL / floor", "multiple"),
         Column("Top-1 kept", "95 % CI"),
-        Column("Flips", "lost / gained / other"),
-        Column("Verdict", "on Δ log-perplexity", numeric=False),
+        Column("Flips", "lost/gained/other"),
+        Column("Verdict", "on Δ log-ppl", numeric=False),
     )
     rows = (_row(report, c, place.get(c.label), several_models) for c in (report.reference, *by_size(report)))
     return Table(columns, tuple(rows))
@@ -123,16 +123,16 @@ def floor_multiple(report: Report, c: Candidate) -> str:
 
 
 def flip_counts(c: Candidate) -> str:
-    """``lost / gained / other`` as counts of tokens, or a dash."""
+    """``lost/gained/other`` as counts of tokens, or a dash."""
     flips = next((f.flips for f in c.findings if f.flips is not None), None)
-    return text.MISSING if flips is None else f"{flips.lost:,} / {flips.gained:,} / {flips.other:,}"
+    return text.MISSING if flips is None else f"{flips.lost}/{flips.gained}/{flips.other}"
 
 
 _JUDGEMENT = {
-    "worse": "worse than {}",
-    "better": "better than {}",
-    "same": "the same as {} within the margin",
-    "unclear": "no difference from {} shown, and none excluded",
+    "worse": "worse than the reference",
+    "better": "better than the reference",
+    "same": "the same as the reference within the margin",
+    "unclear": "no difference from the reference shown, and none excluded",
 }
 
 
@@ -141,7 +141,7 @@ def sentence(report: Report, c: Candidate) -> str:
     parts = [f"{smaller(report, c)} at {text.number(c.bits_per_weight)} bits per weight"]
     judgement = "not scored"
     if ppl := c.finding(DELTA_LOG_PPL):
-        judgement = _JUDGEMENT.get(ppl.verdict, ppl.verdict).format(report.reference.label)
+        judgement = _JUDGEMENT.get(ppl.verdict, ppl.verdict)
         parts.append(f"Δ log-perplexity {_phrase(ppl, signed=True)}")
     if kl := c.finding(KL):
         times = floor_multiple(report, c)
@@ -154,7 +154,7 @@ def sentence(report: Report, c: Candidate) -> str:
 def _phrase(finding: Finding, *, signed: bool = False) -> str:
     """Value, interval and unit, not to be broken over lines."""
     value, interval = text.estimate(finding.value, finding.low, finding.high, signed=signed)
-    return "\N{NO-BREAK SPACE}".join(f"{value} {interval} {finding.unit}".split())
+    return text.NO_BREAK.join(f"{value} {interval} {finding.unit}".split())
 
 
 def detectable(report: Report, metric: str) -> str:
@@ -192,9 +192,7 @@ def notes(report: Report) -> list[str]:
         if (effect := detectable(report, metric))
     ]
     if effects:
-        lines.append(
-            f"Minimum detectable effect (80 % power at 5 %, before adjustment): {'; '.join(effects)}, by candidate."
-        )
+        lines.append(f"Minimum detectable effect (80 % power at 5 %, before adjustment): {'; '.join(effects)}.")
     return lines
 
 

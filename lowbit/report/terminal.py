@@ -6,33 +6,35 @@ import json
 import math
 import sys
 from dataclasses import asdict
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
+from lowbit.evaluation.metrics.agreement import Flips
 from lowbit.report import text
 from lowbit.report.model import Report
-from lowbit.report.summary import Cell, Column, main_table, notes
+from lowbit.report.summary import Cell, Column, Table, main_table, notes
 
 Style = Literal["auto", "plain", "md", "json"]
 
 _COLOURS = {"worse": "dark_orange", "better": "deep_sky_blue1", "same": "green", "reference": "dim"}
+_EXPENDABLE = ("Flips", "Bits/weight", "Top-1 kept", "KL / floor", "p")
+"""Columns that a narrow terminal does without, the first first."""
 
 
-def show(report: Report, style: Style = "auto", file: TextIO | None = None) -> None:
-    """Prints the report's main table and its notes to ``file`` (standard output).
+def show(report: Report, style: Style = "auto") -> None:
+    """Prints the report's main table and its notes on standard output.
 
     ``auto``: a coloured table on a terminal, aligned plain text in a pipe. ``md`` pastes into an issue, ``json``
     holds everything in the report.
     """
-    file = file or sys.stdout
-    if style == "auto" and file.isatty():
-        _rich(report, file)
+    if style == "auto" and sys.stdout.isatty():
+        _rich(report)
         return
     makers = {"auto": plain, "plain": plain, "md": markdown, "json": to_json}
-    file.write(makers[style](report) + "\n")
+    sys.stdout.write(makers[style](report) + "\n")
 
 
 def plain(report: Report) -> str:
@@ -63,23 +65,40 @@ def to_json(report: Report) -> str:
     return json.dumps(_finite(asdict(report)), indent=2, ensure_ascii=False, allow_nan=False)
 
 
-def _rich(report: Report, file: TextIO) -> None:
-    shown = main_table(report)
-    table = Table(
-        box=None, header_style="bold", pad_edge=False, title=Text(text.safe(report.title)), title_justify="left"
-    )
-    for column in shown.columns:
-        title = Text(column.title)
-        title.append(f"\n{column.unit}", style="not bold dim")
+def _rich(report: Report) -> None:
+    shown, console = main_table(report), Console()
+    kept, dropped = _fitting(shown, console.width)
+    table = RichTable(box=None, header_style="bold", pad_edge=False, title=Text(text.safe(report.title)))
+    table.title_justify = "left"
+    for column in (shown.columns[i] for i in kept):
+        title = Text(text.safe(column.title))
+        title.append(f"\n{text.safe(column.unit)}", style="not bold dim")
         table.add_column(title, justify="right" if column.numeric else "left", overflow="fold")
     for row in shown.rows:
-        cells = [_rich_cell(c) for c in row.cells]
+        cells = [_rich_cell(row.cells[i]) for i in kept]
         cells[-1].stylize(_COLOURS.get(row.verdict, ""))
         table.add_row(*cells, style="dim" if row.is_reference else "")
-    console = Console(file=file)
     console.print(table)
+    if dropped:
+        console.print(Text(f"Left out on {console.width} columns: {', '.join(dropped)}.", style="dim"))
     for note in notes(report):
         console.print(Text(text.safe(note), style="dim"))
+
+
+def _fitting(shown: Table, width: int) -> tuple[list[int], list[str]]:
+    """Indices of the columns that fit in ``width`` characters, and the titles of those left out to make them fit."""
+
+    def natural(i: int) -> int:
+        lines = [*shown.columns[i][:2], *(line for row in shown.rows for line in row.cells[i])]
+        return 2 + max(len(text.safe(line)) for line in lines)
+
+    kept, dropped = list(range(len(shown.columns))), []
+    for title in _EXPENDABLE:
+        if sum(map(natural, kept)) - 2 <= width:
+            break
+        dropped.append(title)
+        kept = [i for i in kept if shown.columns[i].title != title]
+    return kept, dropped
 
 
 def _rich_cell(cell: Cell) -> Text:
@@ -107,6 +126,8 @@ def _escape_markdown(value: str) -> str:
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, Flips):
+        return value._asdict()
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 
 MISSING = "–"
+NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def safe(text: str) -> str:
     """``text`` on one line, every unprintable character (escape codes, bidi overrides) replaced by its escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() or c == NO_BREAK else c.encode("unicode_escape").decode() for c in text)
 
 
 def size(nbytes: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import math
@@ -123,3 +124,40 @@ def make(n: int, **fields: object) -> Report:
         **fields,
     }
     return Report(**values)  # type: ignore[arg-type]
+
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'$title ${x} \u202e\x1b[31m"
+
+
+def hostile(report: Report) -> Report:
+    first = report.candidates[0]
+    flip = dataclasses.replace(first.flips[0], context=HOSTILE, target=HOSTILE)
+    note = dataclasses.replace(first.findings[0], verdict=HOSTILE, note=HOSTILE, unit=HOSTILE)
+    bad = dataclasses.replace(
+        first,
+        label=HOSTILE,
+        recipe=HOSTILE,
+        digest=HOSTILE,
+        model_label=HOSTILE,
+        flips=(flip,),
+        findings=(note, *first.findings[1:]),
+    )
+    pairs = ((HOSTILE, HOSTILE),)
+    return dataclasses.replace(
+        report,
+        title=HOSTILE,
+        command=HOSTILE,
+        study_name=HOSTILE,
+        created=HOSTILE,
+        multiplicity_rule=HOSTILE,
+        protocol=dataclasses.replace(report.protocol, text=HOSTILE, dtype=HOSTILE),
+        candidates=(bad, *report.candidates[1:]),
+        configuration=pairs,
+        digests=pairs,
+    )
+
+
+@pytest.fixture(scope="session")
+def hostile_study() -> Report:
+    """A report in which every text tries to be markup, script or terminal control."""
+    return hostile(make(3))

@@ -96,3 +96,16 @@ def choose(policy: str, spec: Spec, x: Tensor) -> Kernel:
         case "dense":
             return DENSE
     raise RecipeError(f"unknown kernel policy {policy!r}", fix="auto, reference or dense")
+
+
+def usable() -> list[tuple[str, bool, str]]:
+    """Every kernel by name, whether this machine can run it, and when it is chosen."""
+    from lowbit.runtime.kernels.torch_cpu import FEW_TOKENS, INT4, INT8, works
+
+    few = f"bfloat16 activations, at most {FEW_TOKENS} tokens a call"
+    return [
+        (INT8.name, works(), f"int8-row-sym weights, {few}"),
+        (INT4.name, works(), f"int4 in groups of 32, 64, 128 or 256, {few}"),
+        (REFERENCE.name, True, "everything else: decode at every call"),
+        (DENSE.name, True, "on request, and in scoring: decode once"),
+    ]

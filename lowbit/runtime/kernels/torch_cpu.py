@@ -99,8 +99,13 @@ class Int8:
         return torch.ops.aten._weight_int8pack_mm(flat, state.weight, state.scale).view(*x.shape[:-1], -1)
 
 
+def works() -> bool:
+    """Whether this build of torch has the kernels for this processor (they need at least AVX2)."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
 def _few_on_cpu(x: Tensor, dtype: torch.dtype) -> bool:
-    return x.device.type == "cpu" and x.dtype == dtype and x.numel() // x.shape[-1] <= FEW_TOKENS
+    return x.device.type == "cpu" and works() and x.dtype == dtype and x.numel() // x.shape[-1] <= FEW_TOKENS
 
 
 INT4, INT8 = Int4(), Int8()

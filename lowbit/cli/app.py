@@ -1,0 +1,36 @@
+"""The commands, gathered."""
+
+from __future__ import annotations
+
+import typer
+
+import lowbit
+from lowbit.cli import compare, doctor, generate, inspect, plan, quantize, study
+
+app = typer.Typer(
+    name="lowbit",
+    help="Find, make, prove and ship the best low-bit version of a large language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"lowbit {lowbit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show it.")) -> None:
+    pass
+
+
+app.command("inspect")(inspect.inspect)
+app.command("plan")(plan.plan)
+app.command("quantize")(quantize.quantize)
+app.command("compare")(compare.compare)
+app.command("generate")(generate.generate)
+app.command("doctor")(doctor.doctor)
+app.add_typer(study.app, name="study")

@@ -1,0 +1,61 @@
+"""lowbit generate: text from a low-bit model, streamed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowbit.cli.options import Dtype, Json, Seed, emit, quiet, say
+
+
+def generate(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="A native checkpoint, or any model.")],
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="What to continue or answer.")],
+    tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Generate text; a chat template is applied when the model has one."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+    from lowbit.io import native
+    from lowbit.models.resolve import locate
+    from lowbit.runtime.facade import load
+    from lowbit.study.stages import torch_dtype
+
+    quiet()
+    path = locate(model, say)
+    kind = torch_dtype(dtype)
+    if native.is_native(Path(path)):
+        loaded = load(path, dtype=kind)
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=kind, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if tokenizer.chat_template and not raw:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )  # fmt: skip
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    torch.manual_seed(seed or 0)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        ids = loaded.generate(
+            **inputs, max_new_tokens=tokens, do_sample=temperature > 0, temperature=temperature or None,
+            streamer=None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )  # fmt: skip
+    seconds = time.perf_counter() - started
+    made = ids.shape[1] - inputs["input_ids"].shape[1]
+    if as_json:
+        text = tokenizer.decode(ids[0, -made:], skip_special_tokens=True)
+        emit({"text": text, "tokens": made, "seconds": seconds, "tokens_per_second": made / seconds})
+    else:
+        say(f"{made} tokens in {seconds:.1f} s ({made / seconds:.1f} tokens/s, {kind}, prompt included)")

@@ -1,0 +1,40 @@
+"""lowbit quantize: a model and a recipe in, a native checkpoint out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowbit.cli.options import Dtype, Json, Model, RecipeLine, Seed, Text, emit, quiet, say, size
+
+
+def quantize(
+    model: Model,
+    recipe: RecipeLine,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the result.")],
+    text: Text = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a window.")] = None,
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Quantize a model block by block. Killed at any moment, the same command goes on where it was."""
+    from lowbit.cli.progress import Bars
+    from lowbit.models.resolve import open_model
+    from lowbit.pipeline.recipe import parse, with_calibration
+    from lowbit.study.stages import make, torch_dtype
+
+    quiet()
+    parsed = with_calibration(parse(recipe), text=text, samples=samples, length=length, seed=seed)
+    source = open_model(model, say)
+    with Bars() as bars:
+        found = make(source, parsed, out, torch_dtype(dtype), lambda d, t, u: bars.update(parsed.line, d, t, u))
+    if as_json:
+        emit({"out": str(out), **found})
+        return
+    print(f"{out}: {size(found['bytes_total'])}, {found['bits_per_weight']:.4f} bits a weight over {found['sites']} "
+          f"linears, made in {found['seconds']:.0f} s ({found['cpu_seconds']:.0f} CPU s)")  # fmt: skip
+    print(f"next: lowbit compare {model} {out}")

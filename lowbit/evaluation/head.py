@@ -1,0 +1,67 @@
+"""The head: from a model's final hidden states to logits, projected only where they are wanted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from lowbit.arrays import Float, Int, Tensor
+from lowbit.errors import ModelError
+from lowbit.models.source import Source
+
+
+@dataclass(frozen=True)
+class Head:
+    """``logits = cap(weight @ h + bias)``; the cap is the soft one of Gemma 2."""
+
+    weight: Float[Tensor, "vocab d"]
+    bias: Float[Tensor, "vocab"] | None
+    cap: float | None
+
+    def __call__(self, hidden: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens vocab"]:
+        """Logits in float32; the product runs in the dtype of ``hidden``."""
+        logits = linear(hidden, self.weight, self.bias).to(torch.float32)
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    @classmethod
+    def unchecked(cls, model: PreTrainedModel) -> Head:
+        """The head as the configuration says."""
+        out = model.get_output_embeddings()
+        config = model.config.get_text_config(decoder=True)
+        return cls(out.weight.detach(), out.bias, getattr(config, "final_logit_softcapping", None))
+
+    @classmethod
+    def of_source(cls, source: Source, dtype: torch.dtype) -> Head:
+        """The head of a model that is not in memory."""
+        out = source.skeleton.get_output_embeddings()
+        names = {id(p): name for name, p in source.skeleton.named_parameters()}
+        weight = source.tensor(names[id(out.weight)], tuple(out.weight.shape)).to(dtype)
+        bias = None if out.bias is None else source.tensor(names[id(out.bias)], tuple(out.bias.shape)).to(dtype)
+        config = source.config.get_text_config(decoder=True)
+        return cls(weight, bias, getattr(config, "final_logit_softcapping", None))
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, sample: Int[Tensor, "batch length"]) -> Head:
+        """The head of a model, checked against the model's own logits on ``sample``.
+
+        Raises ModelError for a model whose logits are not made this way.
+        """
+        head = cls.unchecked(model)
+        with torch.inference_mode():
+            own = model(input_ids=sample, use_cache=False).logits.to(torch.float32)
+            ours = head(final_hidden(model, sample).reshape(-1, head.weight.shape[1])).view(own.shape)
+        if float((own - ours).abs().max()) > 1e-2 * float(own.abs().max().clamp_min(1.0)):
+            raise ModelError(
+                "its logits are not a linear map of its final hidden states", where=type(model).__name__,
+                why="exact KL is computed from stored hidden states", fix="open an issue with the model's name",
+            )  # fmt: skip
+        return head
+
+
+def final_hidden(model: PreTrainedModel, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length d"]:
+    """Hidden states after the final norm, what the head reads."""
+    states: Tensor = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    return states

@@ -1,0 +1,187 @@
+"""Scorer: the only door from models to numbers.
+
+    scorer = Scorer(model, identity)
+    reference = scorer.reference(windows)               # once a study
+    tokens = candidate_scorer.score(windows, reference) # one forward pass a candidate; exact KL
+
+Logits exist for a few positions at a time; everything else about an evaluation is a function of what is returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from lowbit import digest
+from lowbit.arrays import Float, Int, Tensor
+from lowbit.errors import EvidenceError
+from lowbit.evaluation.evidence import Provenance, Reference, empty_columns
+from lowbit.evaluation.head import Head, final_hidden
+from lowbit.evaluation.metrics.base import Tokens
+from lowbit.evaluation.protocol import Windows
+from lowbit.runtime.linear import QLinear
+
+ROWS = 128  # positions projected to the vocabulary at a time
+
+
+class Scorer:
+    """A model ready to be scored. ``weights`` is the digest of its bytes; names do not enter its identity."""
+
+    def __init__(self, model: PreTrainedModel, weights: str, *, batch: int = 1) -> None:
+        self.model, self.weights, self.batch = model.eval(), weights, batch
+
+    @property
+    def identity(self) -> str:
+        """Digest of everything that can change a number: weights, dtype, kernels, attention, device, batch."""
+        policies = sorted({m.policy for m in self.model.modules() if isinstance(m, QLinear)})
+        attention = self.model.config._attn_implementation
+        device, dtype = str(self.model.device), str(self.model.dtype)
+        return digest.of_value([self.weights, dtype, policies, attention, device, self.batch, torch.__version__])
+
+    def reference(self, windows: Windows, on_tokens: Callable[[int], None] = lambda _: None) -> Reference:
+        """Score as the reference of a study: its hidden states are kept, KL to itself is zero."""
+        head = Head.of(self.model, windows.ids[:1, :8])
+        columns = _places(windows)
+        hidden = torch.empty(windows.scored, head.weight.shape[1], dtype=self.model.dtype)
+        normalizer = torch.empty(windows.scored)
+        for rows, h, targets in self._hidden(windows):
+            hidden[rows] = h
+            logits = head(h)
+            first, weights, total, log_z = _softmax(logits)
+            expected = torch.linalg.vecdot(weights, logits) / total
+            target = _pick(logits, targets)
+            p_first = torch.exp(_pick(logits, first) - log_z)
+            second = logits.scatter_(1, first[:, None], -torch.inf).amax(-1)
+            columns["nll"][rows] = columns["nll_ref"][rows] = log_z - target
+            columns["top1"][rows] = columns["top1_ref"][rows] = first.to(torch.int32)
+            columns["top1_p"][rows] = p_first
+            columns["margin_ref"][rows] = p_first - torch.exp(second - log_z)
+            columns["entropy_ref"][rows] = log_z - expected
+            normalizer[rows] = log_z
+            on_tokens(len(targets))
+        provenance = self._provenance(windows, self.identity)
+        return Reference(hidden, head, normalizer, _tokens(columns), provenance)
+
+    def score(
+        self, windows: Windows, reference: Reference, on_tokens: Callable[[int], None] = lambda _: None
+    ) -> tuple[Tokens, Provenance]:
+        """Score beside a reference: paired, with the exact KL(reference || this) at every token, in nats.
+
+        Raises EvidenceError when the reference scored other tokens.
+        """
+        if reference.provenance.windows != windows.digest:
+            raise EvidenceError("the reference scored other tokens", where=windows.text, fix="score it on this text")
+        head = Head.of(self.model, windows.ids[:1, :8])
+        if head.weight.shape[0] != reference.head.weight.shape[0]:
+            raise EvidenceError(
+                f"vocabularies of {head.weight.shape[0]} and {reference.head.weight.shape[0]} do not compare",
+                fix="a candidate with the reference's tokenizer",
+            )  # fmt: skip
+        columns = _places(windows)
+        for name in ("nll_ref", "top1_ref", "margin_ref", "entropy_ref"):
+            columns[name] = torch.from_numpy(getattr(reference.tokens, name).copy())
+        for rows, h, targets in self._hidden(windows):
+            logits = head(h)
+            first, _, _, log_z = _softmax(logits)
+            columns["nll"][rows] = log_z - _pick(logits, targets)
+            columns["top1"][rows] = first.to(torch.int32)
+            columns["top1_p"][rows] = torch.exp(_pick(logits, first) - log_z)
+            # KL = E_ref[l_ref - l] - (log Z_ref - log Z): one expectation over the vocabulary
+            logits_ref, log_z_ref = reference.head(reference.hidden[rows]), reference.log_normalizer[rows]
+            p_ref = torch.sub(logits_ref, log_z_ref[:, None]).exp_()
+            gap = torch.linalg.vecdot(p_ref, logits_ref.sub_(logits))
+            columns["kl"][rows] = (gap - (log_z_ref - log_z)).clamp_min_(0)  # rounding must not make it negative
+            on_tokens(len(targets))
+        return _tokens(columns), self._provenance(windows, reference.provenance.reference)
+
+    def log_likelihoods(
+        self, sequences: list[tuple[list[int], list[int]]]
+    ) -> list[tuple[Float[Tensor, "tokens"], bool]]:
+        """For each (context, continuation): log p of every continuation token, and whether greedy says the same.
+
+        Sequences are run longest first in batches of like length, padded on the right (causal models do not see it).
+        """
+        head = Head.unchecked(self.model)
+        order = sorted(range(len(sequences)), key=lambda i: -sum(map(len, sequences[i])))
+        found: dict[int, tuple[Tensor, bool]] = {}
+        for start in range(0, len(order), self.batch):
+            chosen = order[start : start + self.batch]
+            rows = [torch.tensor(sequences[i][0] + sequences[i][1]) for i in chosen]
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            with torch.inference_mode():
+                hidden = final_hidden(self.model, ids.to(self.model.device))
+                for i, row, h in zip(chosen, rows, hidden, strict=True):
+                    context, continuation = len(sequences[i][0]), torch.tensor(sequences[i][1])
+                    logits = head(h[context - 1 : len(row) - 1])
+                    values = _pick(logits, continuation) - torch.logsumexp(logits, dim=-1)
+                    found[i] = values.clone(), bool((logits.argmax(-1) == continuation).all())
+        return [found[i] for i in range(len(sequences))]
+
+    def _hidden(self, windows: Windows) -> Iterator[_Rows]:
+        """Final hidden states at the positions before every scored token, a few rows at a time, and the targets."""
+        done, length = 0, windows.ids.shape[1]
+        with torch.inference_mode():
+            for start in range(0, len(windows.ids), self.batch):
+                ids = windows.ids[start : start + self.batch]
+                hidden = final_hidden(self.model, ids.to(self.model.device))
+                for row, h, first in zip(ids, hidden, windows.first[start : start + self.batch].tolist(), strict=True):
+                    for at in range(first, length, ROWS):
+                        stop = min(at + ROWS, length)
+                        yield _Rows(slice(done, done + stop - at), h[at - 1 : stop - 1], row[at:stop])
+                        done += stop - at
+
+    def _provenance(self, windows: Windows, reference: str) -> Provenance:
+        return Provenance(
+            self.identity, reference, windows.digest, windows.protocol, windows.text, windows.text_digest,
+            str(self.model.dtype).removeprefix("torch."),
+        )  # fmt: skip
+
+
+class _Rows(NamedTuple):
+    rows: slice
+    hidden: Tensor
+    targets: Tensor
+
+
+class _Softmax(NamedTuple):
+    first: Tensor
+    """The most likely token."""
+    weights: Tensor
+    """exp(l - max l)"""
+    total: Tensor
+    """The sum of the weights."""
+    log_z: Tensor
+    """log sum exp l"""
+
+
+def _places(windows: Windows) -> dict[str, Tensor]:
+    """Columns with the place of every scored token filled in; a window is a document of its own."""
+    columns = empty_columns(windows.scored)
+    length, done = windows.ids.shape[1], 0
+    for w, (row, first) in enumerate(zip(windows.ids, windows.first.tolist(), strict=True)):
+        part = slice(done, done + length - first)
+        columns["doc"][part] = columns["chunk"][part] = w
+        columns["pos"][part] = torch.arange(first, length, dtype=torch.int32)
+        columns["token"][part] = row[first:].to(torch.int32)
+        done += length - first
+    return columns
+
+
+def _tokens(columns: dict[str, Tensor]) -> Tokens:
+    return Tokens.of({name: column.numpy() for name, column in columns.items()})
+
+
+def _pick(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
+    return logits.gather(1, targets.to(logits.device)[:, None])[:, 0]
+
+
+def _softmax(logits: Float[Tensor, "tokens vocab"]) -> _Softmax:
+    """In one exponential a logit; torch's logsumexp and topk together cost four times as much on a CPU."""
+    first = logits.argmax(-1)
+    highest = _pick(logits, first)
+    weights = torch.sub(logits, highest[:, None]).exp_()
+    total = weights.sum(-1)
+    return _Softmax(first, weights, total, highest + torch.log(total))

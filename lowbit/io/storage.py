@@ -1,0 +1,95 @@
+"""Durable files: every one appears whole under its name or not at all, and one process at a time owns a directory."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from lowbit.arrays import Tensor
+from lowbit.errors import StorageError
+
+LOCK = ".lowbit-lock"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file with its metadata; raises OSError or SafetensorError, leaving no partial file."""
+    with _partial(path) as partial:
+        save_file(dict(tensors), partial, metadata=dict(metadata))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file for people and programs; raises OSError, leaving no partial file."""
+    with _partial(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes ``path``, durably, when the body has written it."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        with partial.open("rb") as f:
+            os.fsync(f.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)  # the room it took may be what is missing
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def storage(out: Path) -> Iterator[None]:
+    """Disk trouble in the body as one StorageError that names ``out``."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        raise StorageError(
+            "the disk is full" if full else f"cannot be written: {error}", where=str(out),
+            why="finished blocks are kept", fix="make room, then the same command again" if full else "",
+        ) from error  # fmt: skip
+
+
+class Lock:
+    """Ownership of a directory by this process, until ``release`` or its end; raises StorageError when it is taken."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LOCK
+        self._file = self._acquire()
+
+    def release(self) -> None:
+        """Let another process write here."""
+        if not self._file.closed:
+            self._path.unlink(missing_ok=True)  # before the lock goes: what is unlinked is surely ours
+            self._file.close()
+
+    def _acquire(self) -> TextIO:
+        while True:
+            file = self._path.open("w")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Its last owner may have removed the file between our open and our lock; such a lock guards nothing.
+                if os.fstat(file.fileno()).st_ino == self._path.stat().st_ino:
+                    return file
+            except FileNotFoundError:
+                pass
+            except BlockingIOError:
+                file.close()
+                raise StorageError(
+                    "another process is writing here", where=str(self._path.parent), fix="wait for it, or another -o"
+                ) from None
+            file.close()

@@ -50,10 +50,9 @@ def short(digest: str) -> str:
 
 def of_tensor(tensor: Any) -> str:
     """Hex sha256 of a torch tensor: dtype, shape and bytes."""
-    import torch
-
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return of_bytes(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), data.data)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    uint8 = flat[:0].byte().dtype  # without importing torch: reports use this module
+    return of_bytes(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), flat.view(uint8).numpy().data)
 
 
 _SETTLED_NS = 2_000_000_000  # a file changed this recently may change again within one tick of its clock

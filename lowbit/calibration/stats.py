@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Self, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 
@@ -34,8 +34,8 @@ class Stat(ABC):
         """Take in more tokens."""
 
     @abstractmethod
-    def merge(self, other: Self) -> None:
-        """Take in all that another has seen."""
+    def merge(self, other: Stat) -> None:
+        """Take in all that another of the same kind has seen."""
 
 
 class Gram(Stat):
@@ -61,7 +61,8 @@ class Gram(Stat):
             self._upper[start:stop, start:].addmm_(x[:, start:stop].t(), x[:, start:])
         self.tokens += x.shape[0]
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: Stat) -> None:
+        assert isinstance(other, Gram)
         self.memo.clear()
         self._upper += other._upper
         self.tokens += other.tokens
@@ -92,7 +93,8 @@ class AbsMax(Stat):
             self.value = torch.maximum(self.value, x.abs().amax(0).to(torch.float32))
         self.tokens += x.shape[0]
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: Stat) -> None:
+        assert isinstance(other, AbsMax)
         self.value = torch.maximum(self.value, other.value)
         self.tokens += other.tokens
 
@@ -112,7 +114,8 @@ class AbsMean(Stat):
         self._sum += x.to(torch.float32).abs().sum(0)
         self.tokens += x.shape[0]
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: Stat) -> None:
+        assert isinstance(other, AbsMean)
         self._sum += other._sum
         self.tokens += other.tokens
 
@@ -146,7 +149,8 @@ class Moments(Stat):
         self.absmax = max(self.absmax, float(x.abs().max()))
         self.tokens += x.shape[0]
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: Stat) -> None:
+        assert isinstance(other, Moments)
         self._sums += other._sums
         self._square += other._square
         self.absmax = max(self.absmax, other.absmax)

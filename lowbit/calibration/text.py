@@ -1,11 +1,14 @@
 """Text for calibration and evaluation: named, digested, packed to a length.
 
-Where nothing is named, text is CPython's own help (``pydoc_data.topics``, about 700 kB of English that every Python
-ships), its topics dealt alternately to the two roles, so that no passage serves both.
+Where nothing is named, text is CPython's own help (``pydoc_data.topics``, about half a megabyte of English that every
+Python ships). Its topics quote each other, so those with a passage in common form a group, and whole groups are dealt
+to the two roles: no passage serves both.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +21,7 @@ from lowbit.errors import CalibrationError
 
 Role = Literal["calibration", "evaluation"]
 DEFAULT = "pydoc"
+_PASSAGE = 80  # characters of a paragraph that make it more than a phrase
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,29 @@ def encode(text: Text, tokenizer: Any) -> Int[Tensor, "tokens"]:
     return torch.tensor(encoded, dtype=torch.int64)
 
 
+@functools.cache
 def _pydoc(role: Role) -> str:
+    """The topics of a role in alphabetical order; the largest groups are dealt first, each to the shorter role."""
     from pydoc_data.topics import topics
 
-    first = 0 if role == "calibration" else 1
-    return "\n\n".join(topics[name] for name in sorted(topics)[first::2])
+    names: dict[Role, list[str]] = {"calibration": [], "evaluation": []}
+    length: dict[Role, int] = {"calibration": 0, "evaluation": 0}
+    sizes = {group: sum(len(topics[name]) for name in group) for group in _groups(topics)}
+    for group in sorted(sizes, key=lambda group: (-sizes[group], group)):
+        shorter: Role = "calibration" if length["calibration"] <= length["evaluation"] else "evaluation"
+        names[shorter] += group
+        length[shorter] += sizes[group]
+    return "\n\n".join(topics[name] for name in sorted(names[role]))
+
+
+def _groups(topics: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """Topics that share a passage, directly or through others."""
+    groups: list[tuple[list[str], set[str]]] = []
+    for name in sorted(topics):
+        passages = {" ".join(p.split()) for p in topics[name].split("\n\n")}
+        passages = {p for p in passages if len(p) >= _PASSAGE}
+        touching = [group for group in groups if group[1] & passages]
+        groups = [group for group in groups if not group[1] & passages]
+        members = [member for group in touching for member in group[0]]
+        groups.append(([*members, name], passages.union(*(group[1] for group in touching))))
+    return [tuple(sorted(members)) for members, _ in groups]

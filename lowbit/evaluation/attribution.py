@@ -62,17 +62,18 @@ def _compare(
     """The last steps: final norm, head, and KL at every position of every window."""
     head = Head.of_source(source, stream.dtype)
     cluster = np.repeat(np.arange(len(tokens)), tokens.shape[1])
+    final = stream.finish(original)
+    finals = {b: stream.finish(hidden) for b, hidden in sorted(changed.items())}
+    found: dict[int, list[Tensor]] = {b: [] for b in finals}
     with torch.inference_mode():
-        final = stream.finish(original)
-        log_p = [torch.log_softmax(head(window), dim=-1) for window in final]
-        found = []
-        for b, hidden in sorted(changed.items()):
-            states = stream.finish(hidden)
-            kl = [_kl(p, torch.log_softmax(head(window), dim=-1)) for p, window in zip(log_p, states, strict=True)]
-            values = torch.cat(kl).clamp_min_(0).to(torch.float64).numpy()
-            found.append(BlockKL(b, paired_mean(values, cluster)))
-    return found
+        for w, window in enumerate(final):  # logits of one window at a time
+            log_p = torch.log_softmax(head(window), dim=-1)
+            for b, states in finals.items():
+                found[b].append(_kl(log_p, torch.log_softmax(head(states[w]), dim=-1)))
+    values = {b: torch.cat(kl).clamp_min(0).to(torch.float64).numpy() for b, kl in found.items()}
+    return [BlockKL(b, paired_mean(kl, cluster)) for b, kl in values.items()]
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return torch.linalg.vecdot(log_p.exp(), log_p - log_q)
+    kl: Tensor = torch.linalg.vecdot(log_p.exp(), log_p - log_q)
+    return kl

@@ -1,7 +1,7 @@
 """Evidence on disk: what happened at every scored token, and the reference's hidden states for exact KL.
 
-    tokens.parquet         the columns of Tokens, zstd, with the identities of both models and of the text
-    reference.safetensors  the reference's final hidden states at every scored position, and its head
+tokens.parquet         the columns of Tokens, zstd, with the identities of both models and of the text
+reference.safetensors  the reference's final hidden states at every scored position, and its head
 """
 
 from __future__ import annotations

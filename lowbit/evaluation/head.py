@@ -26,6 +26,10 @@ class Head:
         logits = linear(hidden, self.weight, self.bias).to(torch.float32)
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
+    def to(self, device: torch.device) -> Head:
+        """The same head on a device."""
+        return Head(self.weight.to(device), None if self.bias is None else self.bias.to(device), self.cap)
+
     @classmethod
     def unchecked(cls, model: PreTrainedModel) -> Head:
         """The head as the configuration says."""
@@ -49,7 +53,7 @@ class Head:
 
         Raises ModelError for a model whose logits are not made this way.
         """
-        head = cls.unchecked(model)
+        head, sample = cls.unchecked(model), sample.to(model.device)
         with torch.inference_mode():
             own = model(input_ids=sample, use_cache=False).logits.to(torch.float32)
             ours = head(final_hidden(model, sample).reshape(-1, head.weight.shape[1])).view(own.shape)

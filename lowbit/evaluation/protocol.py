@@ -1,8 +1,8 @@
 """Protocols: which tokens of a text are scored, with how much context. A perplexity without one means nothing.
 
-    windows-1024         non-overlapping windows of 1024; every token but a window's first is scored
-    llamacpp-512         non-overlapping windows; only the second half is scored, as llama.cpp does
-    sliding-1024-512     windows of 1024 advanced by 512; only tokens not scored before are, the first window whole
+windows-1024         non-overlapping windows of 1024; every token but a window's first is scored
+llamacpp-512         non-overlapping windows; only the second half is scored, as llama.cpp does
+sliding-1024-512     windows of 1024 advanced by 512; only tokens not scored before are, the first window whole
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Protocol:
     def _first(self, i: int) -> int:
         if self.kind == "llamacpp":
             return self.length // 2 + 1
-        return self.length - self.stride if self.kind == "sliding" and i else 1
+        return max(self.length - self.stride, 1) if self.kind == "sliding" and i else 1
 
 
 def parse(text: str) -> Protocol:

@@ -41,6 +41,7 @@ class Scorer:
         device, dtype = str(self.model.device), str(self.model.dtype)
         return digest.of_value([self.weights, dtype, policies, attention, device, self.batch, torch.__version__])
 
+    @torch.inference_mode()
     def reference(self, windows: Windows, on_tokens: Callable[[int], None] = lambda _: None) -> Reference:
         """Score as the reference of a study: its hidden states are kept, KL to itself is zero."""
         head = Head.of(self.model, windows.ids[:1, :8])
@@ -65,6 +66,7 @@ class Scorer:
         provenance = self._provenance(windows, self.identity)
         return Reference(hidden, head, normalizer, _tokens(columns), provenance)
 
+    @torch.inference_mode()
     def score(
         self, windows: Windows, reference: Reference, on_tokens: Callable[[int], None] = lambda _: None
     ) -> tuple[Tokens, Provenance]:
@@ -80,7 +82,7 @@ class Scorer:
                 f"vocabularies of {head.weight.shape[0]} and {reference.head.weight.shape[0]} do not compare",
                 fix="a candidate with the reference's tokenizer",
             )  # fmt: skip
-        columns = _places(windows)
+        reference_head, columns = reference.head.to(head.weight.device), _places(windows)
         for name in ("nll_ref", "top1_ref", "margin_ref", "entropy_ref"):
             columns[name] = torch.from_numpy(getattr(reference.tokens, name).copy())
         for rows, h, targets in self._hidden(windows):
@@ -90,48 +92,53 @@ class Scorer:
             columns["top1"][rows] = first.to(torch.int32)
             columns["top1_p"][rows] = torch.exp(_pick(logits, first) - log_z)
             # KL = E_ref[l_ref - l] - (log Z_ref - log Z): one expectation over the vocabulary
-            logits_ref, log_z_ref = reference.head(reference.hidden[rows]), reference.log_normalizer[rows]
+            logits_ref = reference_head(reference.hidden[rows].to(h.device))
+            log_z_ref = reference.log_normalizer[rows].to(h.device)
             p_ref = torch.sub(logits_ref, log_z_ref[:, None]).exp_()
             gap = torch.linalg.vecdot(p_ref, logits_ref.sub_(logits))
             columns["kl"][rows] = (gap - (log_z_ref - log_z)).clamp_min_(0)  # rounding must not make it negative
             on_tokens(len(targets))
         return _tokens(columns), self._provenance(windows, reference.provenance.reference)
 
+    @torch.inference_mode()
     def log_likelihoods(
         self, sequences: list[tuple[list[int], list[int]]]
     ) -> list[tuple[Float[Tensor, "tokens"], bool]]:
         """For each (context, continuation): log p of every continuation token, and whether greedy says the same.
 
-        Sequences are run longest first in batches of like length, padded on the right (causal models do not see it).
+        Inputs are run longest first in batches of like length, padded on the right (causal models do not see it);
+        the same input with other last tokens is run once. Raises EvidenceError for an empty context or continuation.
         """
-        head = Head.unchecked(self.model)
-        order = sorted(range(len(sequences)), key=lambda i: -sum(map(len, sequences[i])))
+        if not all(context and continuation for context, continuation in sequences):
+            raise EvidenceError("a context or continuation has no tokens", fix="a first token, such as the tokenizer's")
+        inputs: dict[tuple[int, ...], list[int]] = {}
+        for i, (context, continuation) in enumerate(sequences):
+            inputs.setdefault((*context, *continuation[:-1]), []).append(i)
+        order = sorted(inputs, key=len, reverse=True)
         found: dict[int, tuple[Tensor, bool]] = {}
+        head = Head.of(self.model, torch.tensor([order[0][:8]])) if order else None
         for start in range(0, len(order), self.batch):
-            chosen = order[start : start + self.batch]
-            rows = [torch.tensor(sequences[i][0] + sequences[i][1]) for i in chosen]
-            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            with torch.inference_mode():
-                hidden = final_hidden(self.model, ids.to(self.model.device))
-                for i, row, h in zip(chosen, rows, hidden, strict=True):
-                    context, continuation = len(sequences[i][0]), torch.tensor(sequences[i][1])
-                    logits = head(h[context - 1 : len(row) - 1])
-                    values = _pick(logits, continuation) - torch.logsumexp(logits, dim=-1)
-                    found[i] = values.clone(), bool((logits.argmax(-1) == continuation).all())
+            rows = order[start : start + self.batch]
+            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+            hidden = final_hidden(self.model, ids.to(self.model.device))
+            for row, h in zip(rows, hidden, strict=True):
+                for i in inputs[row]:
+                    context, continuation = sequences[i]
+                    assert head is not None  # there is a row
+                    found[i] = _follow(head, h[len(context) - 1 : len(row)], torch.tensor(continuation))
         return [found[i] for i in range(len(sequences))]
 
     def _hidden(self, windows: Windows) -> Iterator[_Rows]:
         """Final hidden states at the positions before every scored token, a few rows at a time, and the targets."""
         done, length = 0, windows.ids.shape[1]
-        with torch.inference_mode():
-            for start in range(0, len(windows.ids), self.batch):
-                ids = windows.ids[start : start + self.batch]
-                hidden = final_hidden(self.model, ids.to(self.model.device))
-                for row, h, first in zip(ids, hidden, windows.first[start : start + self.batch].tolist(), strict=True):
-                    for at in range(first, length, ROWS):
-                        stop = min(at + ROWS, length)
-                        yield _Rows(slice(done, done + stop - at), h[at - 1 : stop - 1], row[at:stop])
-                        done += stop - at
+        for start in range(0, len(windows.ids), self.batch):
+            ids = windows.ids[start : start + self.batch]
+            hidden = final_hidden(self.model, ids.to(self.model.device))
+            for row, h, first in zip(ids, hidden, windows.first[start : start + self.batch].tolist(), strict=True):
+                for at in range(first, length, ROWS):
+                    stop = min(at + ROWS, length)
+                    yield _Rows(slice(done, done + stop - at), h[at - 1 : stop - 1], row[at:stop])
+                    done += stop - at
 
     def _provenance(self, windows: Windows, reference: str) -> Provenance:
         return Provenance(
@@ -172,6 +179,18 @@ def _places(windows: Windows) -> dict[str, Tensor]:
 
 def _tokens(columns: dict[str, Tensor]) -> Tokens:
     return Tokens.of({name: column.numpy() for name, column in columns.items()})
+
+
+def _follow(
+    head: Head, hidden: Float[Tensor, "tokens d"], targets: Int[Tensor, "tokens"]
+) -> tuple[Float[Tensor, "tokens"], bool]:
+    """log p of every target after its hidden state, and whether each is the most likely token."""
+    values, greedy = [], True
+    for h, part in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
+        logits = head(h)
+        values.append((_pick(logits, part) - torch.logsumexp(logits, dim=-1)).cpu())
+        greedy &= bool((logits.argmax(-1).cpu() == part).all())
+    return torch.cat(values), greedy
 
 
 def _pick(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:

@@ -12,17 +12,19 @@ and ``nbytes(shape)``, exact before any work is done.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from lowbit.arrays import Float, Int, Matrix, Tensor
+from lowbit.arrays import Float, Matrix, Tensor
 from lowbit.errors import FormatError
 from lowbit.formats.blocks import Block
-from lowbit.formats.grids import Grid, IntGrid
-from lowbit.formats.pack import Codes
+from lowbit.formats.grids import Grid, IntGrid, Table
+from lowbit.formats.pack import Codes, Whole
 from lowbit.formats.qtensor import Affine, Lookup, QTensor, Raw, Sum
 
 
@@ -51,6 +53,10 @@ class Snapped(NamedTuple):
     values: Tensor
 
 
+Snapper = Callable[[Tensor, int, Tensor, Tensor], None]
+"""``(values, block, codes, out)``: writes the codes of ``values``, and what they decode to, on block row ``block``."""
+
+
 @dataclass(frozen=True)
 class Format:
     """A number format for matrices. ``name`` is its one spelling everywhere (see :mod:`lowbit.formats.presets`)."""
@@ -66,8 +72,11 @@ class Format:
         """Block parameters by min-max, or by a search over ``clip_steps`` smaller ranges.
 
         The search keeps, block by block, the range with the least squared error, each column weighted by
-        ``importance`` (the mean square of its inputs) when given. Asymmetric ranges always include zero, so that
-        one-sided blocks survive. Cost O(out * in * (1 + clip_steps)).
+        ``importance`` (the mean square of its inputs) when given; min-max is among them. Where a scale is coded
+        together with others (``nvfp4``, ``nf4-dq``) it is searched as if a few rows were the whole matrix, so that the
+        error of one block may come out slightly above the least. Asymmetric ranges always include zero, so that
+        one-sided blocks survive. Cost O(out * in * (1 + clip_steps)). Raises FormatError for values, or scales as
+        stored, that are not finite.
         """
         self.check(tuple(w.shape))
         blocks = self.block.split(w)  # (rows, columns, n)
@@ -85,12 +94,19 @@ class Format:
         """
         if isinstance(self.grid, IntGrid):
             shift = zero if zero is not None else float(self.grid.offset)
-            codes = torch.round(values / torch.where(step == 0, 1.0, step)).add_(shift).clamp_(0, self.grid.levels - 1)
+            codes = torch.round(values / _divisible(step)).add_(shift).clamp_(0, self.grid.levels - 1)
             return Snapped(codes, (codes - shift) * step)
-        smallest = torch.finfo(torch.float32).tiny  # below it a reciprocal would overflow
-        codes = self.grid.nearest(values * torch.where(step.abs() < smallest, 1.0, step).reciprocal_())
-        table = torch.tensor(self.grid.values, dtype=torch.float32, device=values.device)
-        return Snapped(codes, table[codes] * step)
+        codes = self.grid.nearest(values * _divisible(step).reciprocal())
+        return Snapped(codes, self.grid.lookup(codes) * step)
+
+    def snapper(self, step: Float[Tensor, "blocks n"], zero: Float[Tensor, "blocks n"] | None) -> Snapper:
+        """``snap`` for a loop over vectors that use one row of ``step`` each; no temporaries for integer grids."""
+        if not isinstance(self.grid, IntGrid):
+            return functools.partial(_snap_table, self.grid, step)
+        shift = torch.full_like(step, self.grid.offset) if zero is None else zero
+        return functools.partial(
+            _snap_integer, self.grid.levels - 1, step.unbind(), _divisible(step).unbind(), shift.unbind()
+        )
 
     def encode(self, w: Matrix, params: Params) -> QTensor:
         """Every weight to its nearest code."""
@@ -98,7 +114,7 @@ class Format:
         zero = None if params.zero is None else self.block.spread(params.zero, shape)
         return self.assemble(self.snap(w, self.block.spread(params.step, shape), zero).codes, params)
 
-    def assemble(self, codes: Int[Tensor, "out in"] | Float[Tensor, "out in"], params: Params) -> QTensor:
+    def assemble(self, codes: Whole, params: Params) -> QTensor:
         """The QTensor of given codes and parameters."""
         packed = Codes.of(codes, self.grid.levels)
         shape = tuple(codes.shape)
@@ -152,12 +168,12 @@ class Format:
         stored, step = self._store(scale)
         if not (isinstance(self.grid, IntGrid) and not self.grid.symmetric):
             return Params(stored, step, None)
-        zero = torch.round(-low / torch.where(step == 0, 1.0, step)).clamp_(0, self.grid.levels - 1)
+        zero = torch.round(-low / _divisible(step)).clamp_(0, self.grid.levels - 1)
         return Params(stored, step, zero)
 
     def _divisor(self) -> float:
         """What the largest magnitude of a block is mapped to: OCP's power of two under a power-of-two scale."""
-        if isinstance(self.scale, Format) and self.scale.scale is None and not isinstance(self.grid, IntGrid):
+        if _is_power(self.scale) and isinstance(self.grid, Table):
             return self.grid.power_of_two_top
         return self.grid.top
 
@@ -208,13 +224,41 @@ class Format:
         return self.block.split(importance.view(1, -1).expand(shape))
 
 
+def _is_power(scale: Stored | Format | None) -> bool:
+    """Whether scales are powers of two, kept as exponents alone."""
+    return isinstance(scale, Format) and scale.scale is None
+
+
+def _divisible(step: Tensor) -> Tensor:
+    """Steps that can be divided by: one where a block is all zeros, or so small that a reciprocal would overflow."""
+    return step + (step.abs() < torch.finfo(torch.float32).tiny)
+
+
+def _snap_integer(
+    top: int, step: Sequence[Tensor], divisor: Sequence[Tensor], shift: Sequence[Tensor],
+    values: Tensor, block: int, codes: Tensor, out: Tensor,
+) -> None:  # fmt: skip
+    torch.div(values, divisor[block], out=codes).round_().add_(shift[block]).clamp_(0, top)
+    torch.sub(codes, shift[block], out=out).mul_(step[block])
+
+
+def _snap_table(grid: Table, step: Tensor, values: Tensor, block: int, codes: Tensor, out: Tensor) -> None:
+    nearest = grid.nearest(values * _divisible(step[block]).reciprocal())
+    codes.copy_(nearest)
+    torch.mul(grid.lookup(nearest), step[block], out=out)
+
+
 _CHUNK = 1 << 18  # elements: bounds the temporaries of a search step to a few MB
 
 
 def _search_clip(
     fmt: Format, blocks: Tensor, low: Tensor, high: Tensor, weights: Tensor | None, steps: int
 ) -> Float[Tensor, "rows columns"]:
-    """The factor in (0.4, 1] by which each block's range should shrink for the least squared error."""
+    """The factor by which each block's range should shrink for the least squared error.
+
+    One of ``steps`` in (0.4, 1]; for scales that are powers of two, which others round to, of 2, 1 and 1/2.
+    """
+    factors = [1.0, 2.0, 0.5] if _is_power(fmt.scale) else [1 - 0.6 * i / steps for i in range(steps)]
     best = torch.ones_like(low)
     per_chunk = max(1, _CHUNK // (blocks.shape[1] * blocks.shape[2]))
     for start in range(0, blocks.shape[0], per_chunk):
@@ -223,8 +267,7 @@ def _search_clip(
         weight = None if weights is None else (weights if weights.shape[0] == 1 else weights[rows])
         least = torch.full_like(low[rows], math.inf)
         scratch = torch.empty_like(chunk)
-        for i in range(steps):
-            factor = 1 - 0.6 * i / steps
+        for factor in factors:
             error = _squared_error(fmt, chunk, fmt._params(low[rows] * factor, high[rows] * factor), weight, scratch)
             better = error < least
             least = torch.where(better, error, least)
@@ -237,7 +280,7 @@ def _squared_error(fmt: Format, blocks: Tensor, params: Params, weight: Tensor |
     step = params.step.unsqueeze(-1)
     if isinstance(fmt.grid, IntGrid):
         zero = torch.full_like(params.step, fmt.grid.offset) if params.zero is None else params.zero
-        scaled = torch.mul(blocks, torch.where(step == 0, 1.0, step).reciprocal_())
+        scaled = torch.mul(blocks, _divisible(step).reciprocal())
         torch.clamp(scaled, -zero.unsqueeze(-1), (fmt.grid.levels - 1 - zero).unsqueeze(-1), out=scratch)
         scratch.round_().sub_(scaled).square_()
         return (scratch if weight is None else scratch.mul_(weight)).sum(-1).mul_(params.step.square())

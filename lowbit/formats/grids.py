@@ -75,10 +75,14 @@ class Table:
         takes values in [-1, 1] and looks them up on a lattice of 65536 points, as bitsandbytes does, so that a value
         within 1.5e-5 of a midpoint may go to the other side. Cost O(x log levels).
         """
-        order, bounds = _boundaries(self.name)
+        order, bounds = _boundaries(self.name, x.device)
         if self.name == "dynamic8":
             x = ((x + 1) * 0.5 * 65535 + 0.5).to(torch.int32) / 65535 * 2 - 1
-        return order.to(x.device)[torch.bucketize(x, bounds.to(x.device))]
+        return order[torch.bucketize(x, bounds)]
+
+    def lookup(self, codes: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """The values of codes."""
+        return _tensor(self.name, codes.device)[codes]
 
 
 Grid = IntGrid | Table
@@ -158,7 +162,7 @@ _NAMED = {"nf4": lambda: _NF4, "fp4": _fp4, "dynamic8": _dynamic8, "ternary": _t
 
 
 @functools.cache
-def _boundaries(name: str) -> tuple[Int[Tensor, "n"], Float[Tensor, "n_1"]]:
+def _boundaries(name: str, device: torch.device) -> tuple[Int[Tensor, "n"], Float[Tensor, "n_1"]]:
     """Codes in order of value, and the largest number that still goes to the lower of two neighbours."""
     # -0.0 sorts below +0.0, so that small negatives keep their sign and an exact zero does not gain one.
     finite = sorted((v, math.copysign(1.0, v), c) for c, v in enumerate(table_values(name)) if not math.isnan(v))
@@ -169,4 +173,9 @@ def _boundaries(name: str) -> tuple[Int[Tensor, "n"], Float[Tensor, "n_1"]]:
             bounds[i] = -torch.finfo(torch.float32).tiny
         elif re.fullmatch(_FLOAT, name) and a[2] % 2:  # a tie goes up, to the even code
             bounds[i] = bounds[i].nextafter(torch.tensor(-math.inf))
-    return torch.tensor([code for _, _, code in finite]), bounds
+    return torch.tensor([code for _, _, code in finite], device=device), bounds.to(device)
+
+
+@functools.cache
+def _tensor(name: str, device: torch.device) -> Float[Tensor, "levels"]:
+    return torch.tensor(table_values(name), dtype=torch.float32, device=device)

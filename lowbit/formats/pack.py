@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from lowbit.arrays import Int, Tensor, UInt8
+from lowbit.arrays import Float, Int, Tensor, UInt8
 from lowbit.formats.blocks import ALL
 
 TRITS_PER_BYTE = 5
+Whole = Int[Tensor, "rows columns"] | UInt8[Tensor, "rows columns"] | Float[Tensor, "rows columns"]
+"""A matrix of small whole numbers, in any dtype."""
 
 
 def bits_for(levels: int) -> int:
@@ -34,28 +36,28 @@ def row_bytes(columns: int, levels: int) -> int:
     return math.ceil(columns / TRITS_PER_BYTE) if bits == 0 else math.ceil(columns * bits / 8)
 
 
-def pack(codes: Int[Tensor, "rows columns"], levels: int) -> UInt8[Tensor, "rows bytes"]:
+def pack(codes: Whole, levels: int) -> UInt8[Tensor, "rows bytes"]:
     """Codes in ``0..levels-1`` as bytes; cost O(rows * columns)."""
-    bits, (rows, columns) = bits_for(levels), codes.shape
+    bits, columns = bits_for(levels), codes.shape[1]
     if bits == 8:
         return codes.to(torch.uint8).contiguous()
     if bits == 0:
-        digits = _pad(codes, TRITS_PER_BYTE).to(torch.uint8).view(rows, -1, TRITS_PER_BYTE)  # (rows, bytes, 5)
+        digits = _runs(codes.to(torch.uint8), TRITS_PER_BYTE)  # (rows, bytes, 5)
         return (digits * _powers_of_three(codes.device)).sum(-1, dtype=torch.int32).to(torch.uint8)
     if bits in (1, 2, 4):
         per = 8 // bits
-        fields = _pad(codes, per).to(torch.uint8).view(rows, -1, per)  # (rows, bytes, per)
+        fields = _runs(codes.to(torch.uint8), per)  # (rows, bytes, per)
         packed = fields[..., 0].clone()
         for i in range(1, per):
             packed |= fields[..., i] << (i * bits)
         return packed
     # Eight codes of b bits fill exactly b bytes: gather them in one 64-bit word.
-    fields64 = _pad(codes, 8).to(torch.int64).view(rows, -1, 8)  # (rows, words, 8)
+    fields64 = _runs(codes.to(torch.int64), 8)  # (rows, words, 8)
     word = fields64[..., 0].clone()
     for i in range(1, 8):
         word |= fields64[..., i] << (i * bits)
     packed = torch.stack([(word >> (8 * k)) & 0xFF for k in range(bits)], dim=-1)  # (rows, words, b)
-    return packed.to(torch.uint8).view(rows, -1)[:, : row_bytes(columns, levels)].contiguous()
+    return packed.to(torch.uint8).flatten(1)[:, : row_bytes(columns, levels)].contiguous()
 
 
 def unpack(packed: UInt8[Tensor, "rows bytes"], columns: int, levels: int) -> UInt8[Tensor, "rows columns"]:
@@ -65,21 +67,21 @@ def unpack(packed: UInt8[Tensor, "rows bytes"], columns: int, levels: int) -> UI
         return packed
     if bits == 0:
         digits = packed.unsqueeze(-1) // _powers_of_three(packed.device) % 3  # (rows, bytes, 5)
-        return digits.view(rows, -1)[:, :columns]
+        return digits.flatten(1)[:, :columns]
     if bits in (1, 2, 4):
         per, mask = 8 // bits, (1 << bits) - 1
         out = packed.new_empty(rows, packed.shape[1], per)
         for i in range(per):
             torch.bitwise_and(packed >> (i * bits), mask, out=out[..., i])
-        return out.view(rows, -1)[:, :columns]
-    groups = _pad(packed, bits).to(torch.int64).view(rows, -1, bits)  # (rows, words, b)
+        return out.flatten(1)[:, :columns]
+    groups = _runs(packed.to(torch.int64), bits)  # (rows, words, b)
     word = groups[..., 0].clone()
     for k in range(1, bits):
         word |= groups[..., k] << (8 * k)
     out = packed.new_empty(rows, word.shape[1], 8)
     for i in range(8):
         out[..., i] = (word >> (i * bits)) & ((1 << bits) - 1)
-    return out.view(rows, -1)[:, :columns]
+    return out.flatten(1)[:, :columns]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +93,7 @@ class Codes:
     levels: int
 
     @classmethod
-    def of(cls, codes: Int[Tensor, "rows columns"], levels: int) -> Codes:
+    def of(cls, codes: Whole, levels: int) -> Codes:
         return cls(pack(codes, levels), codes.shape[1], levels)
 
     def unpack(self, rows: slice = ALL) -> UInt8[Tensor, "rows columns"]:
@@ -100,10 +102,10 @@ class Codes:
     def problem(self, rows: int, columns: int) -> str:
         """Why these cannot be the codes of a (rows, columns) matrix, or nothing."""
         expected = (rows, row_bytes(columns, self.levels))
-        if self.data.dtype != torch.uint8 or self.columns != columns or self.data.shape != expected:
-            found = f"{self.columns} columns in {self.data.dtype} {tuple(self.data.shape)}"
-            return f"{found}, expected {columns} columns of {self.levels} levels in uint8 {expected}"
-        return ""
+        if self.columns == columns and self.data.shape == expected:
+            return ""
+        found = f"{self.columns} columns in bytes of shape {tuple(self.data.shape)}"
+        return f"{found}, expected {columns} columns of {self.levels} levels in {expected}"
 
     @property
     def logical_bits(self) -> int:
@@ -117,10 +119,10 @@ class Codes:
         return rows * row_bytes(columns, levels)
 
 
-def _pad(x: Tensor, multiple: int) -> Tensor:
-    """Zeros on the right until the columns are a multiple."""
-    missing = -x.shape[1] % multiple
-    return torch.nn.functional.pad(x, (0, missing)) if missing else x
+def _runs(x: Tensor, n: int) -> Tensor:
+    """(rows, runs, n): each row cut into runs of n, the last one filled with zeros."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % n))
+    return padded.view(x.shape[0], padded.shape[1] // n, n)
 
 
 def _powers_of_three(device: torch.device) -> Tensor:

@@ -104,10 +104,8 @@ class Raw(QTensor):
         return self.data.expand(self.shape)[rows].to(dtype)
 
     def problem(self) -> str:
-        fits = self.data.dim() == 2 and all(n in (1, m) for n, m in zip(self.data.shape, self.shape, strict=True))
-        if not fits or not self.data.is_floating_point():
-            return f"data is {self.data.dtype} {tuple(self.data.shape)}"
-        return ""
+        fits = all(n in (1, m) for n, m in zip(self.data.shape, self.shape, strict=True))
+        return "" if fits else f"data has shape {tuple(self.data.shape)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,12 +127,13 @@ class Affine(QTensor):
         return _apply(self.block, self.shape, rows, q, scale, zero).to(dtype)
 
     def problem(self) -> str:
-        if self.zero is not None:
-            if self.zero.levels != self.codes.levels:
-                return f"zeros of {self.zero.levels} levels, codes of {self.codes.levels}"
-            if problem := self.zero.problem(1, math.prod(self.block.count(self.shape))):
-                return f"zero: {problem}"
-        return self.codes.problem(*self.shape) or _scale_problem(self.scale, self.block, self.shape)
+        if problem := self.codes.problem(*self.shape) or _scale_problem(self.scale, self.block, self.shape):
+            return problem
+        if self.zero is None:
+            return ""
+        if self.zero.levels != self.codes.levels:
+            return f"zeros of {self.zero.levels} levels, codes of {self.codes.levels}"
+        return self.zero.problem(1, math.prod(self.block.count(self.shape)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,15 +154,10 @@ class Lookup(QTensor):
         return _apply(self.block, self.shape, rows, values, scale, None).to(dtype)
 
     def problem(self) -> str:
-        if isinstance(self.table, Tensor):
-            if self.table.dim() != 1 or not self.table.is_floating_point():
-                return f"the table is {self.table.dtype} {tuple(self.table.shape)}"
-            values = self.table.numel()
-        else:
-            try:
-                values = len(table_values(self.table))
-            except RecipeError as error:
-                return str(error)
+        try:
+            values = len(table_values(self.table) if isinstance(self.table, str) else self.table)
+        except RecipeError as error:
+            return str(error)
         if values < (reach := reachable(self.codes.levels)):
             return f"packed codes reach {reach} values, the table has {values}"
         scale = "" if self.scale is None else _scale_problem(self.scale, self.block, self.shape)
@@ -202,18 +196,25 @@ class Columns(QTensor):
 
     def problem(self) -> str:
         count, index = self.index.numel(), self.index
-        if index.dim() != 1 or index.is_floating_point() or self.inner.shape != (self.shape[0], count):
-            return f"index {index.dtype} {tuple(index.shape)} for columns of shape {self.inner.shape}"
+        if self.inner.shape != (self.shape[0], count):
+            return f"{count} columns hold a matrix of shape {self.inner.shape}"
         if count and index.device.type == "cpu" and not 0 <= int(index.min()) <= int(index.max()) < self.shape[1]:
             return f"index reaches from {int(index.min())} to {int(index.max())}"
         return ""
 
 
 NODES: dict[str, type[QTensor]] = {cls.__name__: cls for cls in (Raw, Affine, Lookup, Sum, Columns)}
-_KINDS: dict[str, type | tuple[type, ...]] = {  # what a field of any node holds
-    "data": Tensor, "index": Tensor, "codes": Codes, "zero": Codes, "table": (str, Tensor), "block": Block,
-    "scale": QTensor, "inner": QTensor, "terms": tuple,
-}  # fmt: skip
+_KINDS: dict[str, Callable[[Any], bool]] = {  # what a field may hold, whatever its node
+    "data": lambda v: isinstance(v, Tensor) and v.dim() == 2 and v.is_floating_point(),
+    "index": lambda v: isinstance(v, Tensor) and v.dim() == 1 and v.dtype in (torch.int16, torch.int32, torch.int64),
+    "table": lambda v: isinstance(v, str) or (isinstance(v, Tensor) and v.dim() == 1 and v.is_floating_point()),
+    "codes": lambda v: isinstance(v, Codes),
+    "zero": lambda v: isinstance(v, Codes),
+    "block": lambda v: isinstance(v, Block),
+    "scale": lambda v: isinstance(v, QTensor),
+    "inner": lambda v: isinstance(v, QTensor),
+    "terms": lambda v: isinstance(v, tuple),
+}
 _OPTIONAL = {("Affine", "zero"), ("Lookup", "scale")}
 
 
@@ -244,8 +245,9 @@ def build(spec: Spec, parts: Mapping[str, Tensor], prefix: str = "") -> QTensor:
         raise FormatError(f"no field {sorted(unknown)}", where=where, fix=f"one of {sorted(expected)}")
     for name in expected:
         value = values.setdefault(name, None)
-        if not isinstance(value, _KINDS[name]) and not (value is None and (spec.node, name) in _OPTIONAL):
-            raise FormatError(f"{name} is missing or of the wrong kind ({type(value).__name__})", where=where)
+        if not _KINDS[name](value) and not (value is None and (spec.node, name) in _OPTIONAL):
+            found = "missing" if value is None else f"{type(value).__name__} {getattr(value, 'dtype', '')}"
+            raise FormatError(f"{name} is of the wrong kind: {found.strip()}", where=where)
     tree = cls(shape=spec.shape, **values)
     if problem := tree.problem():
         raise FormatError(problem, where=where, why="these bytes are not the tensor that they claim to be")
@@ -259,7 +261,11 @@ def _leaf(leaf: Leaf, parts: Mapping[str, Tensor], path: str, where: str) -> Ten
     found = (str(data.dtype).removeprefix("torch."), tuple(data.shape))
     if found != (leaf.dtype, leaf.shape):
         raise FormatError(f"part {path!r} is {found}, the spec says {(leaf.dtype, leaf.shape)}", where=where)
-    return data if leaf.levels is None else Codes(data, leaf.columns or 0, leaf.levels)
+    if leaf.levels is None:
+        return data
+    if data.dtype != torch.uint8 or data.dim() != 2:
+        raise FormatError(f"packed codes are no matrix of bytes: {found}", where=where)
+    return Codes(data, leaf.columns or 0, leaf.levels)
 
 
 def _scale_problem(scale: QTensor, block: Block, shape: tuple[int, ...]) -> str:

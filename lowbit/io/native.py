@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,7 +73,7 @@ class Writer:
                 self._lock.release()
                 raise
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -156,12 +156,14 @@ class Writer:
         (self.out / WORK).unlink(missing_ok=True)
 
     def _sixteen(self, held: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """The source's weights of these names; buffers that its files lack are computed again by every reader."""
-        return {
-            name: _to_sixteen(self.source.tensor(name, tuple(tensor.shape)))
-            for name, tensor in held
-            if isinstance(tensor, nn.Parameter) or self.source.has(name)
-        }
+        """The source's weights of these names in 16 bit, and its buffers as they are; absent ones are computed."""
+        kept = {}
+        for name, tensor in held:
+            if isinstance(tensor, nn.Parameter):
+                kept[name] = _to_sixteen(self.source.tensor(name, tuple(tensor.shape)))
+            elif self.source.has(name):
+                kept[name] = self.source.tensor(name, tuple(tensor.shape)).contiguous()
+        return kept
 
     def _shard(self, block: str) -> Path:
         return self.out / f"lowbit-block-{self.source.blocks.index(block):05d}.safetensors"

@@ -21,15 +21,28 @@ LOCK = ".lowbit-lock"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file with its metadata; raises OSError or SafetensorError, leaving no partial file."""
+    """A safetensors file with its metadata, the same bytes at every call; raises OSError or SafetensorError."""
     with _partial(path) as partial:
         save_file(dict(tensors), partial, metadata=dict(metadata))
+        _sort_metadata(partial)
 
 
 def write_json(path: Path, value: Any) -> None:
     """A JSON file for people and programs; raises OSError, leaving no partial file."""
     with _partial(path) as partial:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata in a header, in place: safetensors writes its entries in an order that varies."""
+    with path.open("r+b") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size  # the same entries in another order
+        f.seek(8)
+        f.write(text)
 
 
 @contextlib.contextmanager

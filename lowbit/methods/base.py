@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import pkgutil
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lowbit.arrays import Matrix
 from lowbit.calibration.stats import Stat, Stats
@@ -27,6 +27,7 @@ class Weight:
     matrix: Matrix
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """A method that turns one linear into codes; it loses bits. A pure function of its arguments."""
 
@@ -42,10 +43,6 @@ class Encoder(Protocol):
 
 
 _HELPERS: frozenset[str] = frozenset({"base"})
-
-
-class _File(Protocol):
-    METHOD: ClassVar[type]
 
 
 def names() -> list[str]:

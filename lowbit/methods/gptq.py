@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lowbit.arrays import Float, Int, Matrix, Tensor
+from lowbit.arrays import Float, Int, Matrix, Tensor, UInt8
 from lowbit.calibration.stats import Gram, Stat, Stats
 from lowbit.errors import FormatError, GramError, RecipeError
 from lowbit.formats.format import Format, Params
@@ -44,15 +44,18 @@ class Gptq:
                 "act_order with dynamic groups needs an index of groups at inference", where="gptq",
                 fix="static_groups=true, or act_order=false",
             )  # fmt: skip
-        if self.damp < 0 or self.block < 1:
-            raise RecipeError(f"damp {self.damp} and block {self.block} must be positive", where="gptq")
+        if not self.damp >= 0 or self.block < 1 or self.clip < 0:
+            raise RecipeError(
+                f"damp {self.damp}, block {self.block} and clip {self.clip} are out of range", where="gptq",
+                fix="damp and clip of at least 0, block of at least 1",
+            )  # fmt: skip
 
     @property
     def needs(self) -> frozenset[type[Stat]]:
         return frozenset({Gram})
 
     def __call__(self, w: Weight, stats: Stats, fmt: Format) -> QTensor:
-        """Cost O(out * in²) for the loop and O(in³) once a Gram matrix; memory 3 * out * in floats."""
+        """Cost O(out * in²) for the loop and O(in³) once a Gram matrix; memory 4 * out * in floats."""
         gram = stats[Gram]
         if not fmt.block.follows_rows and not (fmt.block.kind == "tensor" and self.static_groups):
             raise FormatError(f"gptq needs blocks along rows, {fmt.name} has {fmt.block}", where=w.name)
@@ -68,13 +71,18 @@ class Gptq:
 def factor(gram: Gram, damp: float, act_order: bool, where: str) -> tuple[Int[Tensor, "in"], Float[Tensor, "in in"]]:
     """The column order and the upper Cholesky factor of the damped H⁻¹, computed once a Gram matrix.
 
-    Raises GramError, naming the layer, when H is not positive definite even with damping.
+    Raises GramError, naming the layer, when H is not finite, or not positive definite even with damping.
     """
     key = (damp, act_order)
     if key in gram.memo:
         return gram.memo[key]
     H = gram.sum().to(torch.float64)
     diagonal = H.diagonal()
+    if not torch.isfinite(diagonal).all():
+        raise GramError(
+            f"{int((~torch.isfinite(diagonal)).sum())} inputs were NaN or infinite during calibration", where=where,
+            fix="calibrate in float32 or bfloat16, which do not overflow as float16 does",
+        )  # fmt: skip
     dead = diagonal == 0
     diagonal[dead] = 1.0
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(H))
@@ -96,27 +104,26 @@ def factor(gram: Gram, damp: float, act_order: bool, where: str) -> tuple[Int[Te
 
 def _round(
     W: Matrix, U: Tensor, order: Tensor, fmt: Format, params: Params, block: int
-) -> tuple[Int[Tensor, "out in"], Float[Tensor, "in out"]]:
+) -> tuple[UInt8[Tensor, "out in"], Float[Tensor, "in out"]]:
     """Codes and scaled errors on fixed grids; works on the transpose, so that a column is contiguous."""
     shape = tuple(W.shape)
     blocks = torch.arange(params.step.shape[1], device=W.device).view(1, -1)
     block_of = fmt.block.spread(blocks, shape).expand(1, shape[1])[0][order].tolist()
-    step, zero = params.step.t().contiguous(), None if params.zero is None else params.zero.t().contiguous()
-    Wt = W.t()[order].clone(memory_format=torch.contiguous_format)  # (in, out)
-    E = torch.empty_like(Wt)
-    codes = torch.empty_like(Wt, dtype=torch.uint8)
+    snap = fmt.snapper(params.step.t().contiguous(), None if params.zero is None else params.zero.t().contiguous())
+    Wt = W.t()[order].contiguous()  # (in, out)
+    Q, E = torch.empty_like(Wt), torch.empty_like(Wt)
+    w, q, e = Wt.unbind(), Q.unbind(), E.unbind()
     pivots = U.diagonal().tolist()
     for start in range(0, len(Wt), block):
         stop = min(start + block, len(Wt))
         for j in range(start, stop):
-            b = block_of[j]
-            snapped = fmt.snap(Wt[j], step[b], None if zero is None else zero[b])
-            codes[j] = snapped.codes
-            torch.sub(Wt[j], snapped.values, out=E[j]).div_(pivots[j])
+            snap(w[j], block_of[j], q[j], e[j])
+            torch.sub(w[j], e[j], out=e[j]).div_(pivots[j])
             if j + 1 < stop:
-                Wt[j + 1 : stop].addr_(U[j, j + 1 : stop], E[j], alpha=-1)
+                Wt[j + 1 : stop].addr_(U[j, j + 1 : stop], e[j], alpha=-1)
         if stop < len(Wt):
             Wt[stop:].addmm_(U[start:stop, stop:].t(), E[start:stop], alpha=-1)
+    codes = Q.to(torch.uint8)
     out = torch.empty_like(codes)
     out[order] = codes
     return out.t().contiguous(), E

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowbit.calibration.stats import Moments, Stat, Stats
+from lowbit.errors import RecipeError
 from lowbit.formats.format import Format
 from lowbit.formats.qtensor import QTensor
 from lowbit.methods.base import Weight
@@ -19,6 +20,10 @@ class Rtn:
     clip: int = 0
     weighted: bool = False
     true_sequential: bool = False
+
+    def __post_init__(self) -> None:
+        if self.clip < 0:
+            raise RecipeError(f"clip {self.clip} is negative", where="rtn", fix="0 for min-max, 20 to search")
 
     @property
     def needs(self) -> frozenset[type[Stat]]:

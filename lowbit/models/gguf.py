@@ -20,10 +20,12 @@ def convert(path: Path, say: Callable[[str], None] = lambda _: None) -> Path:
     Weights become float16: GGUF scales are float16, so this keeps eight times more of their precision than
     bfloat16 at the same size. Needs memory for the model in float32 once.
     """
-    check(path)
+    if not path.is_file():
+        raise ModelError("does not exist", where=str(path), fix="the path of a .gguf file")
     target = digest.cache_folder() / "models" / f"{path.stem}-{digest.short(digest.of_file_cached(path))}"
     if (target / "config.json").exists():
-        return target
+        return target  # the name holds the file's digest: it was checked when it was converted
+    check(path)
     say(f"converting {path.name} once into {target}")
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)

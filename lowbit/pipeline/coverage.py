@@ -72,9 +72,9 @@ def audit(source: Source, recipe: Recipe) -> Coverage:
             else:
                 unknown.append((name, shape))
     if unknown:
-        name, shape = unknown[0]
+        name, shape = max(unknown, key=lambda matrix: math.prod(matrix[1]))
         raise CoverageError(
-            f"{len(unknown)} matrices in the blocks belong to no linear that lowbit knows; the first is {tuple(shape)}",
+            f"{len(unknown)} matrices in the blocks belong to no linear that lowbit knows; the largest is {shape}",
             where=name, why="leaving them in 16 bit in silence would make sizes and quality look better than they are",
             fix="an architecture whose experts are plain linears or the common fused gate_up_proj and down_proj",
         )  # fmt: skip

@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
 
 from torch import nn
 
@@ -49,7 +48,7 @@ class Lockstep:
             self._hidden.data[batch] = run.result
             run.result = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Lockstep:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

@@ -186,7 +186,8 @@ def _checked(value: dict[str, Any], where: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
+        found = error.errors()  # a misspelt field explains the missing one
+        first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
         field = ".".join(map(str, first["loc"]))
         known = {*Recipe.model_fields, *Step.model_fields, *Override.model_fields, *Calibration.model_fields}
         fix = nearest(str(first["loc"][-1]), known) if first["type"] == "extra_forbidden" else ""

@@ -28,21 +28,24 @@ def quantize(
     """Quantize a transformers model in memory by a recipe; its linears become QLinears, in place.
 
     ``text`` is a file or the name ``pydoc`` (the default) and needs ``tokenizer`` (found by the model's own name when
-    it came from a directory); ``tokens`` (windows, length) are used as they are. The same walk as ``lowbit quantize``.
+    it came from a directory); ``tokens`` (windows, length) are used as they are. The same walk as ``lowbit quantize``,
+    run in the model's dtype. ``model.save_pretrained`` writes what ``from_pretrained`` reads again. Raises RecipeError,
+    CalibrationError, ModelError and CoverageError, each before the model is touched.
     """
     parsed = parse(recipe)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ModelError("is already quantized", where=type(model).__name__, fix="the original model")
     source = of_model(model)
-    needed = any(t.encoder.needs for t in [parsed.treatment("")] if not isinstance(t, str)) or parsed.override
-    if needed and tokens is None:
+    if parsed.calibrated and tokens is None:
         tokens = _tokens(model, parsed.calibration, text, tokenizer)
     sink = _Memory()
-    walk(source, parsed, tokens, sink, dtype=model.dtype if model.dtype.is_floating_point else torch.float32)
+    walk(source, parsed, tokens, sink, dtype=model.dtype)
     split_experts(model)
     for site, q in sink.codes.items():
         parent, _, leaf = site.rpartition(".")
         old = model.get_submodule(site)
         bias = None if old.bias is None else old.bias.detach()  # type: ignore[union-attr, operator]
-        setattr(model.get_submodule(parent), leaf, QLinear.of(q, bias).to(model.device))
+        setattr(model.get_submodule(parent), leaf, QLinear.of(q, bias, model.dtype).to(model.device))
     specs: dict[Any, list[str]] = {}
     for site, q in sink.codes.items():
         specs.setdefault(q.spec(), []).append(site)
@@ -57,20 +60,25 @@ def load(
     """Load a native checkpoint as a transformers model, after checking every byte against its manifest.
 
     ``dtype`` is that of activations and of what is not quantized (default: bfloat16 where the processor multiplies it
-    in hardware, else float32). ``kernels``: see :meth:`QLinear.use`. Raises CheckpointError.
+    in hardware, else float32). ``kernels``: see :meth:`QLinear.use`. Raises CheckpointError, also for a directory
+    without a manifest: what ``save_pretrained`` wrote is read by ``AutoModelForCausalLM.from_pretrained``.
     """
     root = Path(path)
     if not native.is_native(root):
-        raise CheckpointError("is no lowbit checkpoint", where=str(root), fix="the -o directory of lowbit quantize")
+        raise CheckpointError(
+            "is no lowbit checkpoint", where=str(root), why=f"it has no {native.MANIFEST} to check its bytes against",
+            fix="the -o directory of lowbit quantize, or AutoModelForCausalLM.from_pretrained on what it saved itself",
+        )  # fmt: skip
     native.verify(root)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             root, dtype=dtype or compute_dtype(device), local_files_only=True, trust_remote_code=False
         )
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise ModelError(f"transformers cannot load it: {error}", where=str(root)) from error
     use_kernels(model, kernels)
-    return model.to(device).eval()  # type: ignore[no-any-return]
+    model.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps the method, and its types
+    return model.eval()
 
 
 def use_kernels(model: nn.Module, policy: str) -> None:

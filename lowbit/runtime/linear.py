@@ -19,20 +19,23 @@ from lowbit.runtime.kernels import Kernel, choose
 
 
 class PackedWeight(nn.Module):
-    """The parts of a QTensor as buffers; ``qtensor()`` is the value itself."""
+    """The parts of a QTensor as buffers; ``qtensor()`` is the value itself.
 
-    def __init__(self, spec: Spec, device: torch.device | str = "meta") -> None:
+    ``dtype`` is the one that weights are computed in, not stored in: transformers asks a linear's weight for it.
+    """
+
+    def __init__(self, spec: Spec, dtype: torch.dtype, device: torch.device | str = "meta") -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.dtype = spec, dtype
         for leaf in spec.leaves:
             empty = torch.empty(leaf.shape, dtype=getattr(torch, leaf.dtype), device=device)
             self.register_buffer(leaf.name, empty)
         for name, child in spec.children:
-            self.add_module(name, PackedWeight(child, device))
+            self.add_module(name, PackedWeight(child, dtype, device))
 
     @classmethod
-    def of(cls, q: QTensor) -> PackedWeight:
-        packed = cls(q.spec())
+    def of(cls, q: QTensor, dtype: torch.dtype) -> PackedWeight:
+        packed = cls(q.spec(), dtype)
         packed.load_state_dict({part.path: part.data for part in q.parts()}, assign=True)
         return packed
 
@@ -47,10 +50,16 @@ class PackedWeight(nn.Module):
     def device(self) -> torch.device:
         return next(self.buffers()).device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that weights are computed in; transformers asks a linear's weight for it."""
-        return torch.get_default_dtype()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        """Moves change devices, never dtypes: ``model.half()`` must not round a float32 scale."""
+
+        def move(part: Tensor) -> Tensor:
+            moved = fn(part)
+            return moved if moved.dtype == part.dtype else part.to(moved.device)
+
+        super()._apply(move, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
 
 
 class QLinear(nn.Module):
@@ -59,15 +68,16 @@ class QLinear(nn.Module):
     def __init__(self, spec: Spec, bias: bool, dtype: torch.dtype, device: torch.device | str = "meta") -> None:
         super().__init__()
         self.out_features, self.in_features = spec.shape
-        self.weight = PackedWeight(spec, device)
+        self.weight = PackedWeight(spec, dtype, device)
         self.bias = nn.Parameter(torch.empty(spec.shape[0], dtype=dtype, device=device), False) if bias else None
         self.policy = "auto"
         self._state: tuple[Kernel, Any] | None = None
 
     @classmethod
-    def of(cls, q: QTensor, bias: Tensor | None = None) -> QLinear:
-        linear = cls(q.spec(), bias is not None, bias.dtype if bias is not None else torch.float32)
-        linear.weight = PackedWeight.of(q)
+    def of(cls, q: QTensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> QLinear:
+        """A linear over ``q`` that shares its tensors; ``dtype`` is that of the activations."""
+        linear = cls(q.spec(), bias is not None, dtype)
+        linear.weight = PackedWeight.of(q, dtype)
         if bias is not None:
             linear.bias = nn.Parameter(bias, requires_grad=False)
         return linear
@@ -91,16 +101,14 @@ class QLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
-        """Moves keep the stored dtypes of packed parts: ``model.half()`` must not round a float32 scale."""
+        """What a kernel prepared belongs to the old device; packed parts keep their dtypes (see ``PackedWeight``)."""
         self._state = None
-        stored = {name: b.dtype for name, b in self.weight.named_buffers()}
         super()._apply(fn, recurse)
-        for name, dtype in stored.items():
-            owner, _, leaf = name.rpartition(".")
-            module = self.weight.get_submodule(owner) if owner else self.weight
-            if module._buffers[leaf].dtype != dtype:  # type: ignore[union-attr]
-                raise TypeError(f"{name} would be rounded from {dtype}; load the checkpoint with dtype= instead")
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._state = None  # prepared from the old weights
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

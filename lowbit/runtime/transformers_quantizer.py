@@ -6,6 +6,7 @@ lowbit is imported inside the calls.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """``quantization_config`` of a native checkpoint: version, recipe and the spec of every site."""
 
     def __init__(self, version: int = 0, recipe: str = "", formats: Any = (), **_: Any) -> None:
-        self.quant_method = "lowbit"
+        self.quant_method = "lowbit"  # type: ignore[assignment]  # transformers types its own methods only
         self.version, self.recipe, self.formats = version, recipe, list(formats)
 
     def specs(self) -> dict[str, Spec]:
@@ -42,18 +43,32 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer("lowbit")
 class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Swaps modules on the meta device; transformers then loads every part by its name."""
+    """Swaps modules on the meta device; transformers then loads every part by its name.
+
+    Shards that lowbit wrote say so in their metadata and are checked byte for byte against the manifest beside them.
+    ``save_pretrained`` writes files without either: of those, only presence, shapes and dtypes can be checked.
+    """
 
     requires_calibration = True
+    quantization_config: LowbitConfig
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Any = None, dtype: torch.dtype | None = None, **_: Any
     ) -> None:
+        from lowbit.io.layout import opened
         from lowbit.io.native import verify
 
-        for root in {Path(file).parent for file in checkpoint_files or ()}:
+        for root in {file.parent for file in map(Path, checkpoint_files or ()) if _is_ours(opened(file))}:
             verify(root)
         install(model, self.quantization_config.specs(), dtype or torch.get_default_dtype())
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        for name, part in model.named_buffers():
+            packed = model.get_submodule(name.rpartition(".")[0])
+            # transformers fills what a file lacks with arbitrary numbers, and marks what it has loaded
+            if hasattr(packed, "qtensor") and not getattr(part, "_is_hf_initialized", False):
+                where = str(getattr(model, "name_or_path", ""))
+                raise CheckpointError(f"the part {name!r} is missing", where=where, fix="save the model again")
 
     def is_serializable(self) -> bool:
         return True
@@ -61,6 +76,11 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _is_ours(shard: contextlib.AbstractContextManager[Any]) -> bool:
+    with shard as file:
+        return "lowbit" in (file.metadata() or {})
 
 
 def install(model: nn.Module, specs: dict[str, Spec], dtype: torch.dtype) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from tiny import family_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from lowbit.models.graph import routers
 from lowbit.models.source import of_directory, of_model
 from lowbit.models.stream import Stream
 
@@ -71,3 +73,34 @@ def test_every_batch_shape_may_differ(llama: Path, tokens: torch.Tensor) -> None
     all_at_once = stream.run(0, block, stream.embed(tokens))
     one = stream.run(0, block, stream.embed(tokens[2:3]))
     torch.testing.assert_close(one, all_at_once[2:3], rtol=1e-5, atol=1e-5)
+
+
+def test_the_final_norm_gives_what_the_head_reads(family: Path, tokens: torch.Tensor) -> None:
+    model = whole(family)
+    stream = Stream(of_directory(family), torch.float32)
+    hidden = stream.embed(tokens)
+    for i in range(2):
+        hidden = stream.run(i, stream.load(i), hidden)
+    with torch.inference_mode():
+        expected = model.base_model(tokens).last_hidden_state
+    torch.testing.assert_close(stream.finish(hidden), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_buffers_of_a_checkpoint_are_loaded(tokens: torch.Tensor) -> None:
+    """DeepSeek-V3's router adds a stored buffer to its scores; blocks differ, some experts are shared."""
+    sizes = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    experts = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1}
+    model = family_model(
+        "deepseek_v3", first_k_dense_replace=1, moe_intermediate_size=32, num_key_value_heads=4, **sizes, **experts
+    )
+    model.model.layers[1].mlp.gate.e_score_correction_bias.copy_(torch.arange(8.0))
+    source = of_model(model)
+    expected = block_outputs(model, source.blocks, tokens)
+    stream = Stream(source, torch.float32)
+    hidden = stream.embed(tokens)
+    for i, want in enumerate(expected):
+        hidden = stream.run(i, stream.load(i), hidden)
+        torch.testing.assert_close(hidden, want, rtol=1e-5, atol=1e-5)
+    assert routers(source.skeleton.get_submodule(source.blocks[1]), source.blocks[1]) == {
+        "model.layers.1.mlp.gate.weight"
+    }

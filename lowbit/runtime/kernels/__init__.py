@@ -21,10 +21,13 @@ from lowbit.formats.spec import Spec
 class Kernel(Protocol):
     """One way to multiply. A prepared kernel builds a state once a layer and dtype."""
 
-    name: str
-    prepared: bool
-    tolerance: float
-    """Largest error relative to the largest output, against the reference in the same dtype."""
+    @property
+    def name(self) -> str: ...
+    @property
+    def prepared(self) -> bool: ...
+    @property
+    def tolerance(self) -> float:
+        """Largest error relative to the largest output, against the reference in the same dtype."""
 
     def takes(self, spec: Spec, x: Tensor) -> bool: ...
     def prepare(self, q: QTensor, dtype: torch.dtype) -> Any: ...

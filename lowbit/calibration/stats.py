@@ -41,7 +41,7 @@ class Stat(ABC):
 class Gram(Stat):
     """The sum of ``x xᵀ``: every quadratic error of a linear follows from it. Cost tokens * in² a chunk."""
 
-    _PANEL: ClassVar[int] = 192  # columns computed at a time; only panels at or above the diagonal are
+    _PANEL: ClassVar[int] = 96  # columns computed at a time; only panels at or above the diagonal are
 
     def __init__(self, n_in: int, device: torch.device | str = "cpu") -> None:
         self.tokens = 0

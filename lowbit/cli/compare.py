@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.options import Dtype, Jobs, Json, Model, StoreFolder, Text, quiet, say
+from lowbit.cli.options import Dtype, Jobs, Json, Model, StoreFolder, Style, Text, quiet, say
 
 
 def compare(
@@ -18,8 +18,8 @@ def compare(
     windows: Annotated[int, typer.Option(min=2, help="Windows of the text that are scored.")] = 16,
     batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
     dtype: Dtype = "auto",
-    report: Annotated[Path | None, typer.Option("--report", help="Write an HTML report here.")] = None,
-    output: Annotated[str, typer.Option("-o", "--output", help="auto, plain or md.")] = "auto",
+    report: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Write an HTML report here.")] = None,
+    output: Style = "auto",
     store: StoreFolder = None,
     jobs: Jobs = 1,
     as_json: Json = False,
@@ -27,7 +27,7 @@ def compare(
     """Score candidates beside the original on the same tokens; evidence is kept, so that nothing is scored twice."""
     from lowbit import digest
     from lowbit.cli.run import run_grids
-    from lowbit.cli.study import show_reports
+    from lowbit.cli.tables import show_reports
     from lowbit.study import grid
 
     quiet()
@@ -37,6 +37,6 @@ def compare(
     cells = grid.of_directories(model, candidates, evaluation, say)
     folder = store or digest.cache_folder() / "compare"
     failed = run_grids(folder, "compare", {"model": model, "candidates": candidates, **evaluation}, [cells], jobs)
-    show_reports(folder, "compare", [cells], report, as_json, output)
+    show_reports(folder, "compare", [cells], "json" if as_json else output, report)
     if failed:
         raise typer.Exit(1)

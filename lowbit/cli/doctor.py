@@ -48,13 +48,19 @@ def doctor(as_json: Json = False) -> None:
         print(f"{name:<24}{found or 'not installed'}")
     print()
     for name, value in facts.items():
-        print(f"{name:<24}{value}")
+        print(f"{name:<24}{_spell(value)}")
     print()
     for kernel in kernels:
         print(f"kernel {kernel['kernel']:<17}{'usable' if kernel['usable'] else 'not here':<10}{kernel['when']}")
     print()
     for note in notes or ["Nothing here is slow for a reason that lowbit knows."]:
         print(f"- {note}")
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(value) or "none" if isinstance(value, list) else str(value)
 
 
 def _version(name: str) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,30 +13,33 @@ from lowbit.cli.options import Dtype, Json, Seed, emit, quiet, say
 def generate(
     model: Annotated[str, typer.Argument(metavar="OUT", help="A native checkpoint, or any model.")],
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="What to continue or answer.")],
-    tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", min=1)] = 64,
+    tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", min=1, help="At most so many.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Generate text; a chat template is applied when the model has one."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers import AutoTokenizer, TextStreamer
 
+    from lowbit.errors import ModelError, RecipeError
     from lowbit.io import native
     from lowbit.models.resolve import locate
     from lowbit.runtime.facade import load
-    from lowbit.study.stages import torch_dtype
+    from lowbit.study.stages import dense_model, torch_dtype
 
     quiet()
     path = locate(model, say)
     kind = torch_dtype(dtype)
-    if native.is_native(Path(path)):
-        loaded = load(path, dtype=kind)
-    else:
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=kind, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    loaded = load(path, dtype=kind) if native.is_native(path) else dense_model(path, dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the tokenizer cannot be read: {error}", where=str(path)) from error
     if tokenizer.chat_template and not raw:
         messages = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(
@@ -45,6 +47,14 @@ def generate(
         )  # fmt: skip
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
+    given = inputs["input_ids"].shape[1]
+    longest = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if given == 0 or (longest is not None and given + tokens > longest):
+        raise RecipeError(
+            "the prompt is empty" if given == 0
+            else f"{given} tokens of prompt and {tokens} new ones, the model reads at most {longest}", where=model,
+            fix="a prompt" if given == 0 else f"a shorter prompt, or -n {max(longest - given, 1)}",
+        )  # fmt: skip
     torch.manual_seed(seed or 0)
     started = time.perf_counter()
     with torch.inference_mode():
@@ -53,9 +63,12 @@ def generate(
             streamer=None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )  # fmt: skip
     seconds = time.perf_counter() - started
-    made = ids.shape[1] - inputs["input_ids"].shape[1]
+    made = ids.shape[1] - given
     if as_json:
-        text = tokenizer.decode(ids[0, -made:], skip_special_tokens=True)
+        text = tokenizer.decode(ids[0, given:], skip_special_tokens=True)
         emit({"text": text, "tokens": made, "seconds": seconds, "tokens_per_second": made / seconds})
     else:
-        say(f"{made} tokens in {seconds:.1f} s ({made / seconds:.1f} tokens/s, {kind}, prompt included)")
+        kind_name = str(kind).removeprefix("torch.")
+        say(
+            f"{made} tokens in {seconds:.1f} s ({made / seconds:.1f} tokens/s, {kind_name}, reading the prompt included)"
+        )

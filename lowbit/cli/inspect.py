@@ -6,34 +6,47 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lowbit.cli.options import Json, Model, emit, quiet, say, size
+from lowbit.cli.options import Json, Model, emit, quiet, say
+
+_WORDS = ("site", "dtype", "format")  # columns of text, set to the left
 
 
 def inspect(model: Model, as_json: Json = False) -> None:
-    """Layers, shapes, dtypes, shares of parameters and bytes, and outlier statistics of every linear."""
+    """Layers, shapes, dtypes, shares of parameters and bytes, and outlier statistics of every linear.
+
+    Of a low-bit checkpoint: bytes, bits and errors of every linear, after checking every byte.
+    """
     from lowbit.io import native
 
     quiet()
-    path = Path(model)
-    rows, summary = _checkpoint(path) if path.is_dir() and native.is_native(path) else _model(model)
+    path = Path(model).expanduser()
+    summary, rows = _checkpoint(path) if path.is_dir() and native.is_native(path) else _model(model)
     if as_json:
         emit({"summary": summary, "sites": rows})
         return
     from rich.console import Console
     from rich.table import Table
 
+    width = max(map(len, summary))
     for key, value in summary.items():
-        print(f"{key}: {value}")
+        print(f"{key.replace('_', ' '):<{width}}  {_spell(key, value)}")
+    print()
     table = Table(box=None, pad_edge=False)
     for column in rows[0]:
-        table.add_column(column, justify="left" if column in ("site", "dtype", "format") else "right", no_wrap=True)
+        table.add_column(column.replace("_", " "), justify="left" if column in _WORDS else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
-    width = max(100, *(sum(len(str(v)) + 2 for v in row.values()) for row in rows))
-    Console(width=None if Console().is_terminal else width).print(table)
+        table.add_row(*(_spell(key, value) for key, value in row.items()))
+    Console(width=None if Console().is_terminal else 400, soft_wrap=True).print(table)
+    print(f"\n{_LEGEND['kurtosis' if 'kurtosis' in rows[0] else 'output_error']}")
 
 
-def _model(name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+_LEGEND = {
+    "kurtosis": "share: of all parameters. kurtosis: 3 for a Gaussian; far more means outliers, which cost low bits most.",
+    "output_error": "weight error: |Q - W|² / |W|². output error: the same of the outputs on the calibration text.",
+}
+
+
+def _model(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     from lowbit.cli.progress import Bars
     from lowbit.models.outliers import weight_statistics
     from lowbit.models.resolve import open_model
@@ -41,42 +54,55 @@ def _model(name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     source = open_model(name, say)
     total = sum(p.numel() for p in source.skeleton.parameters())
     sites = [site for block in source.blocks for site in source.sites(block)]
+    linears = sum(math.prod(site.shape) for site in sites)
     rows = []
     with Bars() as bars:
         for done, s in enumerate(weight_statistics(source), 1):
-            n = math.prod(s.site.shape)
             rows.append({
-                "site": s.site.name, "shape": f"{s.site.shape[0]} x {s.site.shape[1]}", "dtype": s.dtype,
-                "share %": round(100 * n / total, 3), "absmax": s.absmax, "std": s.std, "kurtosis": s.kurtosis,
+                "site": s.site.name, "shape": list(s.site.shape), "dtype": s.dtype,
+                "share": math.prod(s.site.shape) / total, "absmax": s.absmax, "std": s.std, "kurtosis": s.kurtosis,
             })  # fmt: skip
             bars.update("weights", done, len(sites), "linears")
-    linears = sum(math.prod(site.shape) for site in sites)
-    return rows, {
-        "model": f"{source.name} ({type(source.skeleton).__name__})", "blocks": len(source.blocks),
-        "parameters": f"{total:,}", "bytes": size(source.store.nbytes()),
-        "in linears of blocks": f"{linears:,} ({100 * linears / total:.1f} %)",
+    return {
+        "model": source.name, "architecture": type(source.skeleton).__name__, "blocks": len(source.blocks),
+        "parameters": total, "parameters_in_linears": linears, "bytes": source.store.nbytes(),
         "head": "tied to the embedding" if source.tied else "separate", "digest": source.digest,
-    }  # fmt: skip
+    }, rows  # fmt: skip
 
 
-def _checkpoint(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _checkpoint(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     from lowbit.io import native
-    from lowbit.pipeline.recipe import Recipe
+    from lowbit.study.stages import describe
 
-    manifest = native.verify(path)
-    sites = manifest["sites"]
-    nbytes = sum(site["nbytes"] for site in sites)
-    weights = sum(8 * site["nbytes"] / site["bits_per_weight"] for site in sites)
+    sites = native.verify(path)["sites"]
+    found = describe(path)
     rows = [
         {
             "site": s["site"], "format": f"{s['method']}:{s['format']}", "bytes": s["nbytes"],
-            "bits/weight": s["bits_per_weight"], "weight error": s["weight_error"],
-            "output error": "-" if s["output_error"] is None else s["output_error"],
+            "bits_per_weight": s["bits_per_weight"], "weight_error": s["weight_error"],
+            "output_error": s["output_error"],
         }
         for s in sites
     ]  # fmt: skip
-    return rows, {
-        "checkpoint": path.name, "recipe": Recipe.model_validate(manifest["recipe"]).line,
-        "bytes": size(sum(f["bytes"] for f in manifest["files"].values())), "linears": len(sites),
-        "bits per weight of linears": round(8 * nbytes / weights, 4), "source digest": manifest["source"],
-    }  # fmt: skip
+    return {
+        "checkpoint": path.name, "recipe": found["recipe"], "bytes": found["bytes_total"], "linears": len(sites),
+        "bits_per_weight": found["bits_per_weight"], "made_in_seconds": found["seconds"], "digest": found["digest"],
+        "source_digest": found["source"],
+    }, rows  # fmt: skip
+
+
+def _spell(key: str, value: Any) -> str:
+    """A value as people read it; JSON has the numbers."""
+    from lowbit.report.text import MISSING, number, size
+
+    if value is None:
+        return MISSING
+    if key == "bytes":
+        return size(value)
+    if key == "share":
+        return f"{100 * value:.2f} %"
+    if key == "shape":
+        return " x ".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:.4f}" if key == "bits_per_weight" else number(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -5,18 +5,35 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="A Hugging Face directory, a .gguf file, a hub id, or 'smollm2'.")]
-RecipeLine = Annotated[str, typer.Argument(metavar="RECIPE", help="gptq:int4-g64, rtn:nf4, or a .toml file.")]
-Text = Annotated[str | None, typer.Option("--text", help="A UTF-8 file, or 'pydoc' (the default).")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, a .gguf file, a hub id, or 'smollm2'.")
+]
+RecipeLine = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="METHOD:FORMAT[,OPTION=VALUE...], such as gptq:int4-g64, or a .toml file."),
+]
+Text = Annotated[
+    str | None,
+    typer.Option("--text", metavar="FILE", help="A UTF-8 file, or 'pydoc', Python's own help (the default)."),
+]
+Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration windows.")]
+Length = Annotated[int | None, typer.Option("--length", min=8, help="Tokens a calibration window.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything that is drawn.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-StoreFolder = Annotated[Path | None, typer.Option("--store", help="Folder of cells and evidence.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts, and nothing else, on standard output.")]
+StoreFolder = Annotated[Path | None, typer.Option("--store", metavar="DIR", help="Folder of cells and evidence.")]
 Jobs = Annotated[int, typer.Option("-j", "--jobs", min=1, help="Worker processes.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16: of activations.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option("--dtype", help="Of forward passes; auto is what this processor multiplies fastest."),
+]
+Style = Annotated[
+    Literal["auto", "plain", "md"],
+    typer.Option("-o", "--output", help="How the table is printed; md pastes into an issue."),
+]
 
 
 def emit(value: Any) -> None:
@@ -26,7 +43,7 @@ def emit(value: Any) -> None:
 
 def say(message: str) -> None:
     """A line for people, beside the results."""
-    print(message, file=sys.stderr)
+    print(message, file=sys.stderr, flush=True)
 
 
 def quiet() -> None:
@@ -35,11 +52,3 @@ def quiet() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-
-
-def size(nbytes: float) -> str:
-    """Bytes in the unit that people read: MB and GB are powers of ten."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.1f} {unit}"
-    return f"{nbytes:.0f} B"

@@ -4,34 +4,47 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from lowbit.cli.options import Dtype, Json, Model, RecipeLine, emit, quiet, say, size
+from lowbit.cli.options import Dtype, Json, Length, Model, RecipeLine, Samples, emit, quiet, say
+
+_KEPT = 8  # kept matrices that are listed
 
 
-def plan(model: Model, recipe: RecipeLine, dtype: Dtype = "auto", as_json: Json = False) -> None:
+def plan(
+    model: Model, recipe: RecipeLine, samples: Samples = None, length: Length = None, dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:  # fmt: skip
     """Bytes, bits per weight, peak memory, minutes per stage and coverage of a recipe; loads no weights."""
     from lowbit.models.resolve import open_model
     from lowbit.pipeline.plan import Rates
     from lowbit.pipeline.plan import plan as price
-    from lowbit.pipeline.recipe import parse
+    from lowbit.pipeline.recipe import parse, with_calibration
+    from lowbit.report.text import duration, size
     from lowbit.study.stages import torch_dtype
 
+    parsed = with_calibration(parse(recipe), samples=samples, length=length)
     quiet()
-    parsed = parse(recipe)
     found = price(open_model(model, say), parsed, Rates.measure(), torch_dtype(dtype))
     if as_json:
         emit({**asdict(found), "bytes_total": found.bytes_total, "seconds": found.seconds, "peak": found.peak})
         return
-    share = 100 * found.quantized / found.parameters
+    share = f"{100 * found.quantized / found.parameters:.1f} % of {found.parameters:,} parameters"
+    of_16bit = (
+        f"{100 * found.bytes_total / found.bytes_source_16bit:.1f} % of {size(found.bytes_source_16bit)} in 16 bit"
+    )
+    kept = [f"kept {kept.name} ({kept.parameters:,}): {kept.why}" for kept in found.kept]
+    c = parsed.calibration
+    rows = [
+        ("size", f"{size(found.bytes_total)}, {of_16bit}"),
+        ("", f"{size(found.bytes_quantized)} low-bit, {size(found.bytes_kept)} kept in 16 bit"),
+        ("bits/weight", f"{found.bits_per_weight:.4f} over the quantized linears, scales and zeros included"),
+        ("coverage", f"{found.sites} linears, {share}"),
+        *(("", line) for line in kept[:_KEPT]),
+        *([("", f"... and {len(kept) - _KEPT} more")] if kept[_KEPT:] else []),
+        ("calibration", f"{c.samples} windows of {c.length} tokens" if parsed.calibrated else "none needed"),
+        ("memory", f"{size(found.peak)} at peak, Python and its libraries included"),
+        ("time", f"about {duration(found.seconds)} on this machine, when it is idle"),
+        *(("", f"{s.name:<16}{duration(s.seconds):>8}{size(s.memory):>10}") for s in found.stages),
+    ]
     print(f"{parsed.line} on {model}")
-    print(f"  size        {size(found.bytes_total)} ({size(found.bytes_quantized)} low-bit + {size(found.bytes_kept)} "
-          f"in 16 bit), {100 * found.bytes_total / found.bytes_source_16bit:.1f} % of 16 bit")  # fmt: skip
-    print(f"  bits/weight {found.bits_per_weight:.4f} over the quantized linears, scales and zeros included")
-    print(f"  coverage    {found.sites} linears, {share:.1f} % of {found.parameters:,} parameters")
-    for kept in found.kept[:8]:
-        print(f"              kept {kept.name} ({kept.parameters:,}): {kept.why}")
-    if len(found.kept) > 8:
-        print(f"              ... and {len(found.kept) - 8} more")
-    print(f"  memory      {size(found.peak)} at peak")
-    print(f"  time        about {found.seconds / 60:.1f} min on this machine")
-    for stage in found.stages:
-        print(f"              {stage.name:<16}{stage.seconds:8.1f} s   {size(stage.memory)}")
+    for name, value in rows:
+        print(f"  {name:<14}{value}".rstrip())

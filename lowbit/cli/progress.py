@@ -4,8 +4,25 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
+
+_EVERY_S = 10.0  # between two lines about one task, where there is no terminal
+_LEAST_S = 2.0  # a task shorter than this is not worth a line
+
+
+@dataclass
+class _Seen:
+    """When a task was first heard of, how far it was then (a resumed one is far), and when a line was last printed."""
+
+    started: float
+    done: int
+    printed: float
+
+    def rate(self, done: int, now: float) -> float:
+        """Units a second since it was first heard of; 0 while that is too early to say."""
+        return (done - self.done) / (now - self.started) if now > self.started + 0.5 else 0.0
 
 
 class Bars:
@@ -14,14 +31,16 @@ class Bars:
     def __init__(self) -> None:
         self._live: Any = None
         self._tasks: dict[str, Any] = {}
-        self._said: dict[str, tuple[float, float]] = {}
+        self._seen: dict[str, _Seen] = {}
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.table import Column
 
             self._live = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
-                TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=Console(stderr=True),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)), BarColumn(24),
+                MofNCompleteColumn(), TextColumn("{task.fields[unit]}"), TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(), console=Console(stderr=True),
             )  # fmt: skip
 
     def __enter__(self) -> Self:
@@ -36,23 +55,26 @@ class Bars:
     def update(self, name: str, done: int, total: int, unit: str) -> None:
         """Move a bar; several calls a millisecond are fine."""
         now = time.monotonic()
-        started, last = self._said.setdefault(name, (now, now))
-        rate = done / (now - started) if now > started + 0.5 else 0.0
-        text = f"{rate:,.1f} {unit}/s" if rate else ""
+        seen = self._seen.setdefault(name, _Seen(now, done, now))
+        rate = seen.rate(done, now)
+        text = f"{rate:,.{0 if rate >= 100 else 1}f} {unit}/s" if rate else ""
         if self._live is not None:
             if name not in self._tasks:
                 self._tasks[name] = self._live.add_task(name, total=total, unit=unit, rate="")
             self._live.update(self._tasks[name], completed=done, total=total, rate=text)
-        elif now - last >= 10 or (done >= total and now - started >= 2):
-            self._said[name] = (started, now)
+        elif now - seen.printed >= _EVERY_S or (done >= total and now - seen.started >= _LEAST_S):
+            seen.printed = now
             left = f", {(total - done) / rate:,.0f} s left" if rate and done < total else ""
-            print(f"{name}: {done} of {total} {unit}{', ' + text if text else ''}{left}", file=sys.stderr, flush=True)
+            print(
+                f"{name}: {done:,} of {total:,} {unit}{', ' + text if text else ''}{left}", file=sys.stderr, flush=True
+            )
 
     def finish(self, name: str, note: str) -> None:
         """Replace a bar by a line that says how it ended."""
-        if self._live is not None:
-            if name in self._tasks:
-                self._live.remove_task(self._tasks.pop(name))
-            self._live.console.print(f"{name}: {note}", highlight=False, markup=False)
-        else:
+        self._seen.pop(name, None)
+        if self._live is None:
             print(f"{name}: {note}", file=sys.stderr, flush=True)
+            return
+        if name in self._tasks:
+            self._live.remove_task(self._tasks.pop(name))
+        self._live.console.print(f"{name}: {note}", highlight=False, markup=False, soft_wrap=True)

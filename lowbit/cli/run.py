@@ -1,26 +1,25 @@
-"""Running the cells of grids with progress on the screen."""
+"""Running the cells of grids with progress on the screen. Imports torch, so commands import it when they run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lowbit.cli.options import say
 from lowbit.cli.progress import Bars
+from lowbit.study import engine
+from lowbit.study.executors import inline, processes
+from lowbit.study.grid import Grid
+from lowbit.study.store import Store
 
 
-def run_grids(folder: Path, name: str, spec: Mapping[str, Any], grids: list[Any], jobs: int) -> int:
+def run_grids(folder: Path, name: str, spec: Mapping[str, Any], grids: Sequence[Grid], jobs: int) -> int:
     """Compute what is missing of all grids; returns how many cells failed or could not run."""
-    from lowbit.study import engine
-    from lowbit.study.executors import inline, processes
-    from lowbit.study.store import Store
-
-    store = Store(folder)
     cells = [cell for grid in grids for cell in grid.cells]
-    engine.add_cells(store, cells)
-    store.put_study(name, dict(spec), [member for grid in grids for member in grid.members])
-    with Bars() as bars:
+    with Store(folder) as store, inline() if jobs == 1 else processes(jobs) as executor, Bars() as bars:
+        engine.add_cells(store, cells)
+        store.put_study(name, dict(spec), [member for grid in grids for member in grid.members])
 
         def show(event: engine.Event) -> None:
             label = event.cell.label
@@ -30,11 +29,23 @@ def run_grids(folder: Path, name: str, spec: Mapping[str, Any], grids: list[Any]
                 case engine.CellDone(_, seconds):
                     bars.finish(label, f"done in {seconds:.1f} s")
                 case engine.CellFailed(_, error, blocked):
-                    bars.finish(label, f"{'not run' if blocked else 'failed'}: {error}")
+                    bars.finish(label, blocked_by(error) if blocked else f"FAILED: {indented(error)}")
                 case _:
                     pass
 
-        summary = engine.run(store, cells, inline() if jobs == 1 else processes(jobs), show)
-    say(f"{summary.done} cells computed, {summary.skipped} were there, {summary.failed + summary.blocked} failed, "
-        f"{summary.seconds:.1f} s")  # fmt: skip
+        summary = engine.run(store, cells, executor, show)
+    parts = [f"{summary.done} cells computed", f"{summary.skipped} were there"]
+    parts += [f"{summary.failed} failed"] if summary.failed else []
+    parts += [f"{summary.blocked} not run because of it"] if summary.blocked else []
+    say(f"{', '.join(parts)}, {summary.seconds:.1f} s")
     return summary.failed + summary.blocked
+
+
+def blocked_by(error: str) -> str:
+    """Why a cell was not run, without the text of the failure, which stands with the cell that failed."""
+    return error.partition("\n")[0].removesuffix(":")
+
+
+def indented(error: str) -> str:
+    """An error of several lines, so that it is seen where it ends."""
+    return error.rstrip().replace("\n", "\n  ")

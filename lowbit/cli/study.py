@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from lowbit.cli.options import Jobs, Json, StoreFolder, emit, quiet, say
+from lowbit.cli.options import Jobs, Json, StoreFolder, Style, quiet, say
 
 app = typer.Typer(help="Grids of models x recipes x measures: resumable, in one process or many.", no_args_is_help=True)
-File = Annotated[Path, typer.Argument(help="A study file (TOML).")]
-Format = Annotated[str, typer.Option("-o", "--output", help="auto, plain or md (paste it into an issue).")]
+File = Annotated[Path, typer.Argument(metavar="STUDY.toml", help="What to make and to measure.")]
 
 
 @app.command()
@@ -19,78 +18,76 @@ def run(
     file: File,
     store: StoreFolder = None,
     jobs: Jobs = 1,
-    report: Annotated[Path | None, typer.Option("--report", help="Write the HTML report here too.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="The HTML report.  [default: report.html in the store]"),
+    ] = None,
+    output: Style = "auto",
     as_json: Json = False,
 ) -> None:
-    """Compute every cell that is not there yet, print the table, write the report."""
-    from lowbit.cli.run import run_grids
-    from lowbit.study import grid, spec
+    """Compute every cell that is not there yet, print the table, write the report.
 
-    quiet()
-    study = spec.load(file)
-    grids = grid.of_study(study, say)
-    folder = store or Path("runs") / study.name
-    failed = run_grids(folder, study.name, study.model_dump(), grids, jobs)
-    show_reports(folder, study.name, grids, report or folder / "report.html", as_json, "auto")
+    Killed at any moment, the same command goes on. A cell that fails stops only what needs it.
+    """
+    from lowbit.cli.run import run_grids
+    from lowbit.cli.tables import show_reports
+
+    opened = _open(file, store)
+    failed = run_grids(opened.folder, opened.study.name, opened.study.model_dump(), opened.grids, jobs)
+    html = report or opened.folder / "report.html"
+    show_reports(opened.folder, opened.study.name, opened.grids, "json" if as_json else output, html)
     if failed:
         raise typer.Exit(1)
 
 
 @app.command()
-def show(file: File, store: StoreFolder = None, output: Format = "auto", as_json: Json = False) -> None:
-    """Print the table of what is done, and how much is left; computes nothing."""
-    from lowbit.study import grid, spec
+def show(file: File, store: StoreFolder = None, output: Style = "auto", as_json: Json = False) -> None:
+    """Print the table of what is done, what failed, and how much is left; computes nothing."""
+    from lowbit.cli.run import blocked_by, indented
+    from lowbit.cli.tables import show_reports
     from lowbit.study.store import Store
 
-    quiet()
-    study = spec.load(file)
-    grids = grid.of_study(study, say)
-    folder = store or Path("runs") / study.name
-    held = Store(folder, create=False).lookup([cell.key for g in grids for cell in g.cells])
-    done = sum(row.status == "done" for row in held.values())
-    say(f"{done} of {sum(len(g.cells) for g in grids)} cells are done")
-    for row in held.values():
-        if row.status == "failed":
-            say(f"failed: {row.label}: {row.error}")
-    show_reports(folder, study.name, grids, None, as_json, output)
+    opened = _open(file, store)
+    cells = [cell for grid in opened.grids for cell in grid.cells]
+    with Store(opened.folder, create=False) as held:
+        rows = held.lookup([cell.key for cell in cells])
+    say(f"{sum(row.status == 'done' for row in rows.values())} of {len(cells)} cells are done")
+    for cell in cells:
+        row = rows.get(cell.key)
+        if row is not None and row.status == "failed":
+            error = row.error or ""
+            say(f"{cell.label}: {blocked_by(error) if error.startswith('not run:') else f'FAILED: {indented(error)}'}")
+    show_reports(opened.folder, opened.study.name, opened.grids, "json" if as_json else output)
 
 
 @app.command()
 def report(
     file: File,
     store: StoreFolder = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="The HTML file.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="FILE", help="The HTML file.  [default: report.html in the store]"),
+    ] = None,
 ) -> None:
     """Write the HTML report of what is done; computes nothing."""
+    from lowbit.cli.tables import show_reports
+
+    opened = _open(file, store)
+    show_reports(opened.folder, opened.study.name, opened.grids, "none", out or opened.folder / "report.html")
+
+
+class _Opened(NamedTuple):
+    """A ``Study``, its ``Grid``s and its folder; the types' modules import torch, too slow for help."""
+
+    study: Any
+    grids: list[Any]
+    folder: Path
+
+
+def _open(file: Path, store: Path | None) -> _Opened:
+    """What a study file says; its folder is ``runs/NAME`` unless another one is given."""
     from lowbit.study import grid, spec
 
-    quiet()
     study = spec.load(file)
-    grids = grid.of_study(study, say)
-    folder = store or Path("runs") / study.name
-    show_reports(folder, study.name, grids, out or folder / "report.html", False, "none")
-
-
-def show_reports(folder: Path, name: str, grids: list[Any], out: Path | None, as_json: bool, style: Any) -> None:
-    """Print a table a model; write a report a model, its path printed last."""
-    from lowbit.report import page, terminal
-    from lowbit.study.assemble import report as assemble
-    from lowbit.study.store import Store
-
-    store = Store(folder, create=False)
-    reports = [assemble(store, name, grid) for grid in grids]
-    written = []
-    for i, found in enumerate(reports):
-        if as_json:
-            continue
-        if style != "none":
-            terminal.show(found, style)
-        if out is not None:
-            path = out if len(reports) == 1 else out.with_stem(f"{out.stem}-{i + 1}")
-            written.append(page.write(found, path))
-    if as_json:
-        import json
-
-        emit([json.loads(terminal.to_json(found)) for found in reports])
-    for path in written:
-        print(path)
+    quiet()
+    return _Opened(study, grid.of_study(study, say), store or Path("runs") / study.name)

@@ -276,13 +276,13 @@ def _search_clip(
 
 
 def _squared_error(fmt: Format, blocks: Tensor, params: Params, weight: Tensor | None, scratch: Tensor) -> Tensor:
-    """Sum over each block of the (weighted) squared error after snapping; integer grids work in place."""
+    """Sum over each block of the (weighted) squared error after snapping, computed in units of the step."""
     step = params.step.unsqueeze(-1)
+    scaled = blocks * _divisible(step).reciprocal()
     if isinstance(fmt.grid, IntGrid):
-        zero = torch.full_like(params.step, fmt.grid.offset) if params.zero is None else params.zero
-        scaled = torch.mul(blocks, _divisible(step).reciprocal())
-        torch.clamp(scaled, -zero.unsqueeze(-1), (fmt.grid.levels - 1 - zero).unsqueeze(-1), out=scratch)
-        scratch.round_().sub_(scaled).square_()
-        return (scratch if weight is None else scratch.mul_(weight)).sum(-1).mul_(params.step.square())
-    torch.sub(fmt.snap(blocks, step, None).values, blocks, out=scratch).square_()
-    return (scratch if weight is None else scratch.mul_(weight)).sum(-1)
+        zero = (torch.full_like(params.step, fmt.grid.offset) if params.zero is None else params.zero).unsqueeze(-1)
+        torch.clamp(scaled, -zero, fmt.grid.levels - 1 - zero, out=scratch).round_()
+    else:
+        scratch.copy_(fmt.grid.round(scaled))
+    scratch.sub_(scaled).square_()
+    return (scratch if weight is None else scratch.mul_(weight)).sum(-1).mul_(params.step.square())

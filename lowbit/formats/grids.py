@@ -11,6 +11,7 @@ import itertools
 import math
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -75,10 +76,16 @@ class Table:
         takes values in [-1, 1] and looks them up on a lattice of 65536 points, as bitsandbytes does, so that a value
         within 1.5e-5 of a midpoint may go to the other side. Cost O(x log levels).
         """
-        order, bounds = _boundaries(self.name, x.device)
+        return _sorted(self.name, x.device).codes[self._rank(x)]
+
+    def round(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """The nearest value, as ``lookup(nearest(x))`` and faster."""
+        return _sorted(self.name, x.device).values[self._rank(x)]
+
+    def _rank(self, x: Tensor) -> Tensor:
         if self.name == "dynamic8":
             x = ((x + 1) * 0.5 * 65535 + 0.5).to(torch.int32) / 65535 * 2 - 1
-        return order[torch.bucketize(x, bounds)]
+        return torch.bucketize(x, _sorted(self.name, x.device).bounds)
 
     def lookup(self, codes: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The values of codes."""
@@ -161,19 +168,26 @@ def _minifloat(exponent: int, mantissa: int) -> tuple[float, ...]:
 _NAMED = {"nf4": lambda: _NF4, "fp4": _fp4, "dynamic8": _dynamic8, "ternary": _ternary, "e8m0": _e8m0}
 
 
+class _Sorted(NamedTuple):
+    """The codes of a table in order of value, those values, and the largest number that goes to each but the last."""
+
+    codes: Int[Tensor, "n"]
+    values: Float[Tensor, "n"]
+    bounds: Float[Tensor, "n_1"]
+
+
 @functools.cache
-def _boundaries(name: str, device: torch.device) -> tuple[Int[Tensor, "n"], Float[Tensor, "n_1"]]:
-    """Codes in order of value, and the largest number that still goes to the lower of two neighbours."""
+def _sorted(name: str, device: torch.device) -> _Sorted:
     # -0.0 sorts below +0.0, so that small negatives keep their sign and an exact zero does not gain one.
     finite = sorted((v, math.copysign(1.0, v), c) for c, v in enumerate(table_values(name)) if not math.isnan(v))
-    sorted_values = torch.tensor([v for v, _, _ in finite], dtype=torch.float32)
-    bounds = (sorted_values[:-1] + sorted_values[1:]) / 2
+    values = torch.tensor([v for v, _, _ in finite], dtype=torch.float32)
+    bounds = (values[:-1] + values[1:]) / 2
     for i, (a, b) in enumerate(itertools.pairwise(finite)):
         if a[:2] == (0.0, -1.0) and b[0] == 0.0:
             bounds[i] = -torch.finfo(torch.float32).tiny
         elif re.fullmatch(_FLOAT, name) and a[2] % 2:  # a tie goes up, to the even code
             bounds[i] = bounds[i].nextafter(torch.tensor(-math.inf))
-    return torch.tensor([code for _, _, code in finite], device=device), bounds.to(device)
+    return _Sorted(torch.tensor([c for _, _, c in finite], device=device), values.to(device), bounds.to(device))
 
 
 @functools.cache

@@ -8,6 +8,10 @@
     nvfp4                                        E2M1, groups of 16, e4m3 scale, one fp32 scale a tensor
     ternary                                      -1, 0, 1 in base 3, groups of 128, fp16 scale
 
+nf4 and fp4 agree with bitsandbytes bit for bit where a row is a multiple of 64 (its blocks run over the flattened
+weight, these start anew at each row). With -dq the absmax codes, their scale and offset agree too; the 4-bit codes are
+chosen for the absmax that a reader decodes, bitsandbytes' for the exact one, so that about 4 in 1000 differ.
+
 Bits a weight of an asymmetric integer format: b + (16 + b) / group; int4-g128 is 4.15625.
 """
 

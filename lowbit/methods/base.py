@@ -58,11 +58,14 @@ def method(name: str, options: dict[str, Any] | None = None) -> Encoder:
         raise RecipeError(f"unknown method {name!r}", fix=nearest(name, names()))
     cls = importlib.import_module(f"lowbit.methods.{name}").METHOD
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key, value in (options or {}).items():
+    chosen = dict(options or {})
+    for key, value in chosen.items():
         if key not in fields:
             raise RecipeError(f"{name} has no option {key!r}", fix=nearest(key, fields) if fields else "no options")
         default = fields[key].default
-        if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
+        if isinstance(default, float) and type(value) is int:
+            chosen[key] = float(value)
+        elif type(value) is not type(default):
             kind = type(default).__name__
-            raise RecipeError(f"option {key!r} of {name} is a {kind}, got {value!r}", fix=f"{key}={default}")
-    return cls(**(options or {}))  # type: ignore[no-any-return]
+            raise RecipeError(f"option {key!r} of {name} is of type {kind}, got {value!r}", fix=f"{key}={default}")
+    return cls(**chosen)  # type: ignore[no-any-return]

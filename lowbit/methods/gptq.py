@@ -6,12 +6,13 @@ column j is rounded to q, its error e = (w_j - q) / U_jj is pushed on: w_k -= e 
 What this file does where descriptions differ:
 
 - One factorisation a Gram matrix: with H = A Aᵀ (A upper triangular), U is A⁻¹; linears that read the same input
-  share it. Both steps run in float64.
+  share it. The Cholesky step runs in float64.
 - Grids are static by default: every block's scale is fixed from the original weights before the loop, by a clip
   search weighted with diag(H). Then ``act_order`` (columns by falling diag(H)) costs nothing at inference, and the
   block size cannot change a code beyond the order of float additions.
 - ``static_groups=False`` fits a group when its first column is reached, from weights with all earlier errors
   already applied, whatever the block size. It excludes ``act_order``, which would need an index at inference.
+- ``true_sequential`` asks the walk for statistics that saw the block's earlier linears already quantized.
 - An input that was always zero has an infinite U_jj: its diagonal is set to one, so its column is rounded alone.
 """
 
@@ -96,8 +97,9 @@ def factor(gram: Gram, damp: float, act_order: bool, where: str) -> tuple[Int[Te
             why="fewer independent tokens than inputs leave directions that were never seen",
             fix=f"damp={max(10 * damp, 0.01):g}, or more calibration tokens",
         )  # fmt: skip
-    identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
-    U = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).to(torch.float32)
+    # The factorisation is the delicate part; the inverse of a triangle is backward stable in float32, and cheaper.
+    A = lower.flip(0, 1).to(torch.float32)
+    U = torch.linalg.solve_triangular(A, torch.eye(len(A), device=A.device), upper=True)
     gram.memo[key] = order, U
     return order, U
 

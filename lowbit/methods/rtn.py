@@ -1,5 +1,7 @@
 """Round to nearest: every weight to the closest value of its block's grid.
 
+The baseline of every other method; with an affine grid, the quantizer of Jacob et al., arXiv 1712.05877.
+
 Options: ``clip`` searches that many smaller ranges a block for the least squared error (0: min-max);
 ``weighted`` weighs each column's error by the mean square of its inputs, which needs calibration text.
 """
@@ -19,7 +21,7 @@ from lowbit.methods.base import Weight
 class Rtn:
     clip: int = 0
     weighted: bool = False
-    true_sequential: bool = False
+    true_sequential: bool = False  # statistics from the block with its earlier linears already quantized
 
     def __post_init__(self) -> None:
         if self.clip < 0:

@@ -103,7 +103,7 @@ def walk(
             codes = dict(sink.read(name))
             if hidden is not None:
                 for site, q in codes.items():
-                    _replace(recipe, block, name, site, q, dtype)
+                    _replace(recipe, block, name, site, q.decode())
                 if i + 1 < len(source.blocks):
                     hidden.advance(stream, i, block)
         done += len(sites)
@@ -197,35 +197,39 @@ class _Block:
     def _encode(self, sites: list[str], found: Mapping[str, Stats]) -> None:
         """Encode sites from their statistics; what follows in the block then sees the low-bit weights."""
         for site in sites:
-            q, report = _encode_site(self.source, site, self.coverage, found.get(site))
+            q, decoded, report = _encode_site(self.source, site, self.coverage, found.get(site))
             self.codes[site] = q
             self.reports.append(report)
             if self.hidden is not None:
-                _replace(self.recipe, self.block, self.name, site, q, self.stream.dtype)
+                _replace(self.recipe, self.block, self.name, site, decoded)
             self.report(site)
 
 
-def _replace(recipe: Recipe, block: nn.Module, name: str, site: str, q: QTensor, dtype: torch.dtype) -> None:
+def _replace(recipe: Recipe, block: nn.Module, name: str, site: str, decoded: Matrix) -> None:
     """Let the forward pass use a site's low-bit weight, unless the recipe propagates the original."""
     if recipe.calibration.propagate == "quantized":
-        set_matrix(block.get_submodule(site.removeprefix(name + ".")), q.decode(dtype))
+        set_matrix(block.get_submodule(site.removeprefix(name + ".")), decoded)
 
 
-def _encode_site(source: Source, site: str, coverage: Coverage, stats: Stats | None) -> tuple[QTensor, SiteReport]:
+def _encode_site(
+    source: Source, site: str, coverage: Coverage, stats: Stats | None
+) -> tuple[QTensor, Matrix, SiteReport]:
+    """The codes of one site, the weight that they stand for, and what became of it."""
     started = time.perf_counter()
     _, treatment = coverage.treated[site]
     # The method sees the weight as the file has it, not as the forward pass rounded it.
     W = matrix(source.load(site, torch.float32)).contiguous()
     stats = stats or Stats(site, {})
     q = treatment.encoder(Weight(site, W), stats, treatment.format)
-    error = q.decode() - W
-    return q, SiteReport(
+    decoded = q.decode()
+    error = decoded - W
+    return q, decoded, SiteReport(
         site, treatment.method, treatment.format.name, q.nbytes, q.bits_per_weight,
         _weight_error(error, W), _output_error(error, W, stats), time.perf_counter() - started,
     )  # fmt: skip
 
 
-_ERROR_ROWS = 128  # rows, evenly spaced, that the reported output error is taken over
+_ERROR_ROWS = 64  # rows, evenly spaced, that the reported output error is taken over
 
 
 def _weight_error(error: Matrix, W: Matrix) -> float:

@@ -19,6 +19,7 @@ from lowbit.models.source import of_model
 from lowbit.pipeline.recipe import parse
 from lowbit.pipeline.walk import SiteReport, walk
 from lowbit.runtime import transformers_quantizer
+from lowbit.runtime.kernels import check_policy
 from lowbit.runtime.linear import QLinear
 
 
@@ -63,6 +64,7 @@ def load(
     in hardware, else float32). ``kernels``: see :meth:`QLinear.use`. Raises CheckpointError, also for a directory
     without a manifest: what ``save_pretrained`` wrote is read by ``AutoModelForCausalLM.from_pretrained``.
     """
+    check_policy(kernels)
     root = Path(path)
     if not native.is_native(root):
         raise CheckpointError(
@@ -78,7 +80,7 @@ def load(
         raise ModelError(f"transformers cannot load it: {error}", where=str(root)) from error
     use_kernels(model, kernels)
     model.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps the method, and its types
-    return model.eval()
+    return model
 
 
 def use_kernels(model: nn.Module, policy: str) -> None:

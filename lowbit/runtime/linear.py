@@ -15,7 +15,7 @@ from torch import nn
 from lowbit.arrays import Float, Tensor
 from lowbit.formats.qtensor import QTensor, build
 from lowbit.formats.spec import Spec
-from lowbit.runtime.kernels import Kernel, choose
+from lowbit.runtime.kernels import Kernel, check_policy, choose
 
 
 class PackedWeight(nn.Module):
@@ -83,8 +83,11 @@ class QLinear(nn.Module):
         return linear
 
     def use(self, policy: str) -> None:
-        """Choose kernels: ``auto``, ``reference`` (decode at every call) or ``dense`` (decode once, keep it)."""
-        self.policy, self._state = policy, None
+        """Choose kernels: ``auto``, ``reference`` (decode at every call) or ``dense`` (decode once, keep it).
+
+        Raises RecipeError for any other word.
+        """
+        self.policy, self._state = check_policy(policy), None
 
     def kernel(self, x: Tensor) -> Kernel:
         """The kernel that a call with ``x`` runs."""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
-import shlex
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from lowbit import digest
 from lowbit.errors import StudyError
@@ -21,6 +19,7 @@ from lowbit.evaluation import evidence
 from lowbit.evaluation.findings import Finding, adjust, findings, to_json
 from lowbit.evaluation.metrics import agreement, kl
 from lowbit.evaluation.metrics.base import Tokens
+from lowbit.models.source import of_directory
 from lowbit.report import model as view
 from lowbit.study import stages
 from lowbit.study.grid import Entry, Grid
@@ -29,17 +28,21 @@ from lowbit.study.store import Store
 
 _CONTEXT = 16  # tokens shown before a flip
 _FLIPS = 12
-_PACKAGES = ("lowbit", "torch", "transformers", "numpy", "scipy")
+_PACKAGES = ("lowbit", "torch", "transformers", "safetensors", "numpy", "scipy")
 
 
-def report(store: Store, name: str, grid: Grid, rule: str = "holm") -> view.Report:
-    """The report of one model of a study. Candidates whose cells are not done are left out.
+def report(store: Store, name: str, grid: Grid, rule: str = "holm", command: str = "") -> view.Report:
+    """The report of one model of a study; its findings, adjusted by ``rule`` over the table, are stored as well.
 
-    Raises StudyError when not even the reference is done.
+    Candidates whose cells are not done are left out. ``command`` is shown as what made it. Runs no model.
+    Raises StudyError when not even the reference is done, EvidenceError for evidence that does not compare.
     """
     base = _row(store, grid.reference.key)
     if base is None:
-        raise StudyError("the reference has not been scored", where=name, fix="lowbit study run")
+        raise StudyError(
+            f"{grid.reference.label!r} is not done yet", where=f"study {name!r}",
+            why="every number is a difference from the reference", fix="lowbit study run, which goes on where it was",
+        )  # fmt: skip
     output = _output(base)
     ref_tokens, ref_provenance = evidence.read_tokens(store.evidence_folder(base.key))
     floor = _floor(store, grid)
@@ -52,64 +55,60 @@ def report(store: Store, name: str, grid: Grid, rule: str = "holm") -> view.Repo
     table = adjust({label: findings(tokens, floor) for label, (_, _, tokens) in scored.items()}, rule)
     for label, found in table.items():
         store.put_findings(scored[label][1].key, {f.metric: json.loads(to_json(f)) for f in found})
-    tokenizer = _tokenizer(Path(grid.reference.params["model"]))
-    candidates = [_candidate(store, grid.model, *scored[label], table[label], tokenizer) for label in scored]
+    tokenizer = of_directory(Path(grid.reference.params["model"])).tokenizer
     return view.Report(
-        title=f"{grid.model}: {len(candidates)} low-bit versions",
+        title=f"{grid.model}: {len(scored)} version{'s' if len(scored) != 1 else ''} beside the original",
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=shlex.join(["lowbit", *sys.argv[1:]]),
+        command=command,
         study_name=name,
-        reference=_reference(grid.model, output, base),
-        candidates=tuple(candidates),
+        reference=_reference(grid.model, output),
+        candidates=tuple(_candidate(store, grid.model, *scored[label], table[label], tokenizer) for label in scored),
         noise_floor=None if floor is None else float(floor.kl.mean()),
         protocol=view.ScoringProtocol(
-            text=f"{output['text']} ({output['protocol']})", digest=output["text_digest"], windows=output["windows"],
-            length=output["length"], tokens=output["tokens"], clusters=len(np.unique(ref_tokens.cluster)),
+            text=f"{output['text']} ({output['protocol']})",
+            digest=output["text_digest"],
+            windows=output["windows"],
+            length=output["length"],
+            tokens=output["tokens"],
+            clusters=len(np.unique(ref_tokens.cluster)),
             dtype=output["dtype"],
         ),  # fmt: skip
         environment=view.Environment(tuple((p, version(p)) for p in _PACKAGES), _machine()),
         multiplicity_rule=rule,
-        configuration=_configuration(grid),
-        digests=_digests(store, grid, output),
+        configuration=_configuration(grid, output, [entry for entry, _, _ in scored.values()]),
+        digests=_digests(output, {label: _output(row) for label, (_, row, _) in scored.items()}),
     )
 
 
-def _reference(model: str, output: Mapping[str, Any], row: CellRow) -> view.Candidate:
+def ready(store: Store, grid: Grid) -> bool:
+    """Whether there is anything to report: the original is scored."""
+    return _row(store, grid.reference.key) is not None
+
+
+def _reference(model: str, output: Mapping[str, Any]) -> view.Candidate:
     return view.Candidate(
-        label=f"{model} (original)", model_label=model, recipe="none", digest=output["model_digest"],
-        bytes_total=output["bytes_total"], bits_per_weight=16.0, seconds=0.0, peak_bytes=0, is_reference=True,
+        label=f"{model} (original)", model_label=model, recipe="none", digest=output["digest"],
+        bytes_total=output["bytes_total"], bits_per_weight=output["bits_per_weight"], seconds=0.0, peak_bytes=0,
+        is_reference=True,
     )  # fmt: skip
 
 
 def _candidate(
-    store: Store, model: str, entry: Entry, row: CellRow, tokens: Tokens, found: list[Finding], tokenizer: Tokenizer
+    store: Store, model: str, entry: Entry, row: CellRow, tokens: Tokens, found: list[Finding], tokenizer: Any
 ) -> view.Candidate:
     made = _row(store, entry.make.key) if entry.make is not None else None
-    described = _described(store, entry)
-    bands = kl.by_position(tokens, _edges(tokens))
+    output = _output(row)
     return view.Candidate(
-        label=entry.label, model_label=model, recipe=entry.recipe, digest=described["digest"],
-        bytes_total=described["bytes_total"], bits_per_weight=described["bits_per_weight"],
-        seconds=described["seconds"], peak_bytes=made.peak_bytes or 0 if made else 0, findings=tuple(found),
+        label=entry.label, model_label=model, recipe=entry.recipe, digest=output["digest"],
+        bytes_total=output["bytes_total"], bits_per_weight=output["bits_per_weight"], seconds=output["seconds"],
+        peak_bytes=made.peak_bytes or 0 if made else 0, findings=tuple(found),
         kl_by_position=tuple(
             view.Band(int(b.low), int(b.high) + 1, b.interval.estimate, b.interval.low, b.interval.high, b.interval.n)
-            for b in bands
+            for b in kl.by_position(tokens, _edges(tokens))
         ),
         kl_by_block=_blocks(store, entry),
         flips=_flips(tokens, tokenizer),
     )  # fmt: skip
-
-
-def _described(store: Store, entry: Entry) -> dict[str, Any]:
-    path = entry.path if entry.make is None else store.checkpoint_folder(entry.make.key)
-    assert path is not None
-    from lowbit.io import native
-
-    if native.is_native(path):
-        return stages.describe(path)
-    size = sum(p.stat().st_size for p in path.glob("*.safetensors"))
-    return {"digest": entry.score.params["candidate_digest"], "bytes_total": size, "bits_per_weight": 16.0,
-            "seconds": 0.0}  # fmt: skip
 
 
 def _blocks(store: Store, entry: Entry) -> tuple[view.BlockKL, ...]:
@@ -120,19 +119,23 @@ def _blocks(store: Store, entry: Entry) -> tuple[view.BlockKL, ...]:
     return tuple(view.BlockKL(r["block"], r["value"], r["low"], r["high"]) for r in rows)
 
 
-def _flips(tokens: Tokens, tokenizer: Tokenizer) -> tuple[view.FlipRow, ...]:
+def _flips(tokens: Tokens, tokenizer: Any) -> tuple[view.FlipRow, ...]:
     """The most surprising disagreements, with the text before them."""
     rows = []
     for flip in agreement.flip_rows(tokens, _FLIPS):
-        before = (tokens.chunk == flip.chunk) & (tokens.pos < flip.pos) & (tokens.pos >= flip.pos - _CONTEXT)
-        rows.append(
-            view.FlipRow(
-                context=tokenizer.decode(tokens.token[before].tolist()), target=tokenizer.decode([flip.token]),
-                reference_choice=tokenizer.decode([flip.top1_ref]), candidate_choice=tokenizer.decode([flip.top1]),
-                margin_ref=flip.margin_ref, kind=flip.kind,
-            )
-        )  # fmt: skip
+        place = (tokens.chunk == flip.chunk) & (tokens.pos < flip.pos) & (tokens.pos >= flip.pos - _CONTEXT)
+        before = tokens.token[place].tolist()
+        target, first, now = (_piece(tokenizer, before, token) for token in (flip.token, flip.top1_ref, flip.top1))
+        rows.append(view.FlipRow(tokenizer.decode(before), target, first, now, flip.margin_ref, flip.kind))
     return tuple(rows)
+
+
+def _piece(tokenizer: Any, before: Sequence[int], token: int) -> str:
+    """What a token adds to a text; alone, some tokenizers would decode it without its space."""
+    context, whole = tokenizer.decode(before), tokenizer.decode([*before, token])
+    if len(whole) > len(context) and whole.startswith(context):
+        return str(whole.removeprefix(context))
+    return str(tokenizer.convert_ids_to_tokens(token))  # a part of a character
 
 
 def _edges(tokens: Tokens) -> list[int]:
@@ -161,31 +164,48 @@ def _output(row: CellRow) -> Mapping[str, Any]:
     return row.output
 
 
-def _tokenizer(root: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(root / "tokenizer.json"))
-
-
-def _configuration(grid: Grid) -> tuple[tuple[str, str], ...]:
+def _configuration(grid: Grid, output: Mapping[str, Any], entries: Sequence[Entry]) -> tuple[tuple[str, str], ...]:
+    """How candidates were made and scored; what is the same for all stands in one row."""
     p = grid.reference.params
-    rows = [("model", Path(p["model"]).name), ("evaluation", f"{p['text']}, {p['protocol']}, batch {p['batch']}")]
-    for entry in grid.entries:
-        if entry.make is not None and "calibration_digest" in entry.make.params:
-            c = entry.make.params["recipe"]["calibration"]
-            rows.append((entry.label, f"calibration {c['text']}, {c['samples']} x {c['length']}, seed {c['seed']}"))
+    rows = [("model", grid.model), ("evaluation", f"{output['text']}, {p['protocol']}, batch {p['batch']}")]
+    if output["bytes_stored"] > 1.5 * output["bytes_total"]:
+        rows.append(("size of the original", f"counted in 16 bit; its files take {output['bytes_stored']:,} bytes"))
+    made = [(entry, entry.make.params["recipe"]) for entry in entries if entry.make is not None]
+    calibrations = {entry.label: _spell(r["calibration"]) for entry, r in made if _calibrated(entry)}
+    if len(set(calibrations.values())) == 1:
+        rows.append((f"calibration of {', '.join(calibrations)}", next(iter(calibrations.values()))))
+    else:
+        rows += [(f"calibration of {label}", spelled) for label, spelled in calibrations.items()]
+    for entry, recipe in made:
+        rows += [(f"{entry.label}: {rule['sites']}", _spell_rule(rule)) for rule in recipe["override"]]
     return tuple(rows)
 
 
-def _digests(store: Store, grid: Grid, output: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    rows = [("model", output["model_digest"]), ("scorer", output["identity"]), ("text", output["text_digest"])]
-    for entry in grid.entries:
-        if (row := _row(store, entry.score.key)) is not None:
-            rows.append((f"scorer of {entry.label}", _output(row)["identity"]))
+def _calibrated(entry: Entry) -> bool:
+    return entry.make is not None and "calibration_digest" in entry.make.params
+
+
+def _spell(calibration: Mapping[str, Any]) -> str:
+    c = calibration
+    drawn = "the first" if c["seed"] is None else f"seed {c['seed']}"
+    return f"{c['text']}, {c['samples']} windows of {c['length']} tokens, {drawn}, {c['propagate']} propagated"
+
+
+def _spell_rule(rule: Mapping[str, Any]) -> str:
+    """An override in words: why its sites are kept, or what changes there."""
+    if rule["keep"] is not None:
+        return f"kept in 16 bit: {rule['keep']}"
+    return ", ".join(f"{key} {rule[key]}" for key in ("method", "format", "options") if rule[key])
+
+
+def _digests(output: Mapping[str, Any], scored: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
+    """Identities of what was scored and of how; those of the weights stand with the versions."""
+    rows = [("text", output["text_digest"]), ("scoring of the original", output["identity"])]
+    rows += [(f"scoring of {label}", found["identity"]) for label, found in scored.items()]
     return tuple((name, digest.short(value)) for name, value in rows)
 
 
 def _machine() -> str:
-    import os
-
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

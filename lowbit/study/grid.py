@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowbit.calibration import text as texts
 from lowbit.errors import StudyError
+from lowbit.evaluation import protocol
 from lowbit.models.resolve import locate
 from lowbit.models.source import of_directory
 from lowbit.pipeline.recipe import Recipe, parse, with_calibration
-from lowbit.calibration import text as texts
 from lowbit.study import stages
 from lowbit.study.engine import Cell
 from lowbit.study.rows import Member
 from lowbit.study.spec import Study
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,12 @@ class Entry:
     recipe: str
     make: Cell | None
     score: Cell
-    attribute: Cell | None
-    path: Path | None = None
+    attribute: Cell | None = None
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The cells of one model of a study, the reference first."""
+    """The cells of one model of a study, the reference first; ``model`` is its short name."""
 
     model: str
     reference: Cell
@@ -52,87 +54,122 @@ class Grid:
         return [Member(cell.key, f"{self.model}/{cell.stage.name}") for cell in self.cells]
 
 
-def of_study(study: Study, say: Any = lambda _: None) -> list[Grid]:
-    """One grid a model. Raises StudyError for a recipe named twice, RecipeError for one that means nothing."""
-    if len(set(study.recipes)) != len(study.recipes):
-        raise StudyError("a recipe is named twice", where=study.name)
+def of_study(study: Study, say: Say = lambda _: None) -> list[Grid]:
+    """One grid a model; runs nothing, but a model's bytes are read once for their digest.
+
+    Raises StudyError for models or recipes that are the same or look the same, and what their readers raise.
+    """
     if unknown := set(study.evaluation.attribute) - set(study.recipes):
-        raise StudyError(f"attribute names {sorted(unknown)}, which the study does not make", where=study.name)
-    return [_model(study, name, say) for name in study.models]
+        raise StudyError(
+            f"attribute names {', '.join(sorted(unknown))}, which the study does not make", where=study.name,
+            fix=f"some of: {', '.join(study.recipes)}",
+        )  # fmt: skip
+    recipes = _recipes(study)
+    models = _short_names(study.models, study.name)
+    return [_model(study, recipes, name, label, say) for name, label in models.items()]
 
 
-def of_directories(model: str, candidates: list[str], evaluation: Mapping[str, Any], say: Any = lambda _: None) -> Grid:
-    """A grid of candidates that exist already: native checkpoints or dense directories."""
-    base, common = _base(model, evaluation, say)
-    reference, floor = _references(model, common)
+def of_directories(model: str, candidates: list[str], evaluation: Mapping[str, Any], say: Say = lambda _: None) -> Grid:
+    """A grid of candidates that exist already: native checkpoints or dense directories.
+
+    ``evaluation`` holds text, protocol, windows, batch and dtype. Raises StudyError for one that is named twice.
+    """
+    names = _short_names(candidates, "compare")
+    common = _common(model, evaluation, say)
+    reference, floor = _references(_short(model), common, "")
     entries = []
-    for candidate in candidates:
-        path = locate(candidate).resolve()
-        params = {**common, "candidate": str(path), "candidate_digest": _digest_of(path)}
-        label = path.name if len({Path(c).name for c in candidates}) == len(candidates) else str(path)
-        score = Cell(stages.SCORE, f"score {label}", (reference.key,), params, affinity=base)
-        entries.append(Entry(label, _recipe_of(path), None, score, None, path))
-    return Grid(model, reference, floor, tuple(entries))
+    for candidate, label in names.items():
+        path = locate(candidate, say).resolve()
+        described = stages.describe(path)
+        params = {**common, "candidate": str(path), "candidate_digest": described["digest"]}
+        score = Cell(stages.SCORE, f"score {label}", (reference.key,), params, common["model_digest"])
+        entries.append(Entry(label, described["recipe"], None, score))
+    return Grid(_short(model), reference, floor, tuple(entries))
 
 
-def _model(study: Study, model: str, say: Any) -> Grid:
+def _model(study: Study, recipes: Mapping[str, Recipe], model: str, label: str, say: Say) -> Grid:
     evaluation = study.evaluation.model_dump()
-    base, common = _base(model, evaluation, say)
-    reference, floor = _references(model, common)
+    common = _common(model, evaluation, say)
+    affinity = common["model_digest"]
+    prefix = f"{label}: " if len(study.models) > 1 else ""
+    reference, floor = _references(label, common, prefix)
     entries = []
-    for name in study.recipes:
-        recipe = parse(name)
-        if not name.endswith(".toml"):
-            recipe = with_calibration(recipe, **study.calibration)
-        make = Cell(stages.QUANTIZE, f"make {recipe.line}", (), _make_params(model, common, recipe), affinity=base)
-        score = Cell(stages.SCORE, f"score {recipe.line}", (reference.key, make.key), common, affinity=base)
+    for name, recipe in recipes.items():
+        called = _label(name, recipe)
+        make = Cell(stages.QUANTIZE, f"{prefix}make {called}", (), _make_params(common, recipe), affinity)
+        score = Cell(stages.SCORE, f"{prefix}score {called}", (reference.key, make.key), common, affinity)
         attribute = None
         if name in study.evaluation.attribute:
             few = {k: evaluation[k] for k in ("attribution_windows", "attribution_length")}
-            attribute = Cell(stages.ATTRIBUTE, f"blocks of {recipe.line}", (make.key,), {**common, **few}, base)
-        label = Path(name).stem if name.endswith(".toml") else recipe.line
-        entries.append(Entry(label, recipe.line, make, score, attribute))
-    return Grid(model, reference, floor, tuple(entries))
+            params = {key: common[key] for key in ("model", "model_digest", "dtype", "text", "text_digest")} | few
+            attribute = Cell(stages.ATTRIBUTE, f"{prefix}blocks of {called}", (make.key,), params, affinity)
+        entries.append(Entry(called, recipe.line, make, score, attribute))
+    return Grid(label, reference, floor, tuple(entries))
 
 
-def _base(model: str, evaluation: Mapping[str, Any], say: Any) -> tuple[str, dict[str, Any]]:
-    """The identity of a model and the parameters that all of its scored cells share."""
+def _recipes(study: Study) -> dict[str, Recipe]:
+    """The recipes by the names that the study gives them, with its calibration where their files say nothing."""
+    found: dict[str, Recipe] = {}
+    for name in study.recipes:
+        recipe = parse(name)
+        own = recipe.calibration.model_fields_set
+        shared = study.calibration.model_dump(exclude_unset=True, exclude=own)
+        recipe = with_calibration(recipe, **shared)
+        for other, earlier in found.items():
+            if earlier.digest == recipe.digest or _label(other, earlier) == _label(name, recipe):
+                same = "are one recipe" if earlier.digest == recipe.digest else "have one label"
+                raise StudyError(
+                    f"{other!r} and {name!r} {same}: {_label(name, recipe)}" if other != name
+                    else f"the recipe {name!r} is named twice", where=study.name,
+                    why="the table tells candidates apart by label", fix="leave one out, or rename its file",
+                )  # fmt: skip
+        found[name] = recipe
+    return found
+
+
+def _label(name: str, recipe: Recipe) -> str:
+    """What a table calls a recipe: its file's name, or its line with the options in one order."""
+    return Path(name).stem if name.endswith(".toml") else recipe.line
+
+
+def _short_names(names: Iterable[str], where: str) -> dict[str, str]:
+    """Names as typed, with what a table calls them: the last part of a path, all of it where that is ambiguous."""
+    names = list(names)
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise StudyError(f"{twice!r} is named twice", where=where, fix="name it once")
+    short = [_short(name) for name in names]
+    return {name: last if short.count(last) == 1 else name for name, last in zip(names, short, strict=True)}
+
+
+def _short(name: str) -> str:
+    return Path(name).expanduser().resolve().name if Path(name).expanduser().exists() else Path(name).name
+
+
+def _common(model: str, evaluation: Mapping[str, Any], say: Say) -> dict[str, Any]:
+    """The parameters that all scored cells of a model share; digests beside names, so that no key rests on a name."""
+    protocol.parse(evaluation["protocol"])
     root = locate(model, say).resolve()
-    source = of_directory(root)
-    dtype = evaluation["dtype"]
-    if dtype == "auto":
-        dtype = str(stages.torch_dtype("auto")).removeprefix("torch.")
-    text = evaluation["text"]
-    return source.digest, {
-        "model": str(root), "model_digest": source.digest, "text": text,
+    text, dtype = evaluation["text"], str(stages.torch_dtype(evaluation["dtype"])).removeprefix("torch.")
+    return {
+        "model": str(root), "model_digest": of_directory(root).digest, "text": _absolute(text),
         "text_digest": texts.read(text, "evaluation").digest, "protocol": evaluation["protocol"],
         "windows": evaluation["windows"], "batch": evaluation["batch"], "dtype": dtype,
     }  # fmt: skip
 
 
-def _references(model: str, common: Mapping[str, Any]) -> tuple[Cell, Cell]:
-    reference = Cell(stages.REFERENCE, f"reference {model}", (), common, affinity=common["model_digest"])
-    floor = Cell(stages.FLOOR, "noise floor", (reference.key,), common, affinity=common["model_digest"])
-    return reference, floor
+def _absolute(text: str) -> str:
+    return text if text == texts.DEFAULT else str(Path(text).expanduser().resolve())
 
 
-def _make_params(model: str, common: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+def _references(label: str, common: Mapping[str, Any], prefix: str) -> tuple[Cell, Cell]:
+    affinity = common["model_digest"]
+    reference = Cell(stages.REFERENCE, f"reference {label}", (), common, affinity)
+    return reference, Cell(stages.FLOOR, f"{prefix}noise floor", (reference.key,), common, affinity)
+
+
+def _make_params(common: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     params = {key: common[key] for key in ("model", "model_digest", "dtype")}
     params["recipe"] = recipe.model_dump()
     if recipe.calibrated:
         params["calibration_digest"] = texts.read(recipe.calibration.text, "calibration").digest
     return params
-
-
-def _digest_of(path: Path) -> str:
-    from lowbit.io import native
-
-    return str(stages.describe(path)["digest"]) if native.is_native(path) else of_directory(path).digest
-
-
-def _recipe_of(path: Path) -> str:
-    from lowbit.io import native
-
-    if not native.is_native(path):
-        return "dense"
-    return Recipe.model_validate(native.verify(path, contents=False)["recipe"]).line

@@ -1,10 +1,10 @@
 """The stages of a study: what each kind of cell computes. Outputs are small JSON; big results are files.
 
-    quantize    model, recipe, text              -> a native checkpoint
-    reference   model, text, protocol            -> hidden states and token evidence
-    floor       reference                        -> the reference against itself with another batch size
-    score       checkpoint or directory          -> token evidence beside the reference
-    attribute   checkpoint                       -> KL of each low-bit block alone
+quantize    model, recipe, text              -> a native checkpoint
+reference   model, text, protocol            -> hidden states and token evidence
+floor       reference                        -> the reference against itself with another batch size
+score       checkpoint or directory          -> token evidence beside the reference
+attribute   checkpoint                       -> KL of each low-bit block alone
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowbit import digest
+from lowbit.arrays import Int, Tensor
 from lowbit.calibration import text as texts
-from lowbit.errors import ModelError
+from lowbit.errors import ModelError, RecipeError, StudyError, nearest
 from lowbit.evaluation import evidence
 from lowbit.evaluation.attribution import kl_by_block
 from lowbit.evaluation.protocol import Windows, parse
@@ -28,7 +30,7 @@ from lowbit.evaluation.scorer import Scorer
 from lowbit.formats.qtensor import QTensor
 from lowbit.io import native
 from lowbit.models.resolve import open_model
-from lowbit.models.source import of_directory
+from lowbit.models.source import Source, of_directory
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.walk import walk
 from lowbit.runtime import facade
@@ -45,102 +47,113 @@ SCORE = Stage("score", "lowbit.study.stages:score", _SCORES)
 ATTRIBUTE = Stage("attribute", "lowbit.study.stages:attribute", _SCORES)
 
 BLOCKS = "blocks.json"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def quantize(context: StageContext) -> Mapping[str, Any]:
     """Make the checkpoint; a killed cell goes on at the block where it was."""
-    source = open_model(context.params["model"])
+    source = _source(context.params)
     recipe = Recipe.model_validate(context.params["recipe"])
-    done = make(source, recipe, context.checkpoint, torch_dtype(context.params["dtype"]), context.report)
-    return {**done, "recipe": recipe.line}
+    return make(source, recipe, context.checkpoint, torch_dtype(context.params["dtype"]), context.report)
 
 
 def make(
-    source: Any, recipe: Recipe, out: Path, dtype: torch.dtype, report: Callable[[int, int, str], object]
+    source: Source, recipe: Recipe, out: Path, dtype: torch.dtype, report: Callable[[int, int, str], object]
 ) -> dict[str, Any]:
-    """Quantize a source into a native checkpoint and describe the result."""
-    if native.is_native(out):
-        return describe(out)
+    """Quantize a source into a native checkpoint and describe the result; nothing is done twice.
+
+    Raises StorageError when ``out`` holds anything else, and what :func:`walk` raises.
+    """
     started, cpu = time.perf_counter(), time.process_time()
     tokens = None
     if recipe.calibrated:
         c = recipe.calibration
         tokens = texts.sample(texts.read(c.text, "calibration"), source.tokenizer, c.samples, c.length, c.seed)
-    writer = native.Writer(out, source, recipe, tokens.digest if tokens else None)
-    try:
+    with native.Writer(out, source, recipe, tokens.digest if tokens else None, dtype) as writer:
+        if writer.already_done:
+            return {**describe(out), "already_done": True}
+        resumed = any(writer.has(block) for block in source.blocks)
         ids = None if tokens is None else tokens.ids
         walk(source, recipe, ids, writer, dtype=dtype, on_progress=lambda p: report(p.done, p.total, "linears"))
         extra = {
             "calibration_text": None if tokens is None else {"name": tokens.text, "digest": tokens.text_digest},
-            "seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu,
+            "seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu, "resumed": resumed,
         }  # fmt: skip
         writer.finish(extra)
-    finally:
-        writer.close()
-    return describe(out)
+    return {**describe(out), "already_done": False}
 
 
-def describe(out: Path) -> dict[str, Any]:
-    """Size, bits and identity of a native checkpoint, from its manifest."""
-    manifest = native.verify(out, contents=False)
+def describe(path: Path) -> dict[str, Any]:
+    """Identity, size and bits of a native checkpoint, from its manifest, or of a dense directory.
+
+    ``resumed``: whether the seconds are those of the last of several runs only.
+    """
+    if not native.is_native(path):
+        return describe_dense(of_directory(path))
+    manifest = native.verify(path, contents=False)
     sites, files = manifest["sites"], manifest["files"]
     nbytes = sum(site["nbytes"] for site in sites)
     weights = sum(8 * site["nbytes"] / site["bits_per_weight"] for site in sites)
     return {
         "digest": digest.of_value({name: entry["sha256"] for name, entry in files.items()}),
+        "recipe": Recipe.model_validate(manifest["recipe"]).line, "source": manifest["source"],
         "bytes_total": sum(entry["bytes"] for entry in files.values()),
-        "bits_per_weight": 8 * nbytes / weights, "sites": len(sites), "source": manifest["source"],
-        "seconds": manifest["seconds"], "cpu_seconds": manifest["cpu_seconds"],
+        "bits_per_weight": 8 * nbytes / weights, "sites": len(sites),
+        "seconds": manifest["seconds"], "cpu_seconds": manifest["cpu_seconds"], "resumed": manifest["resumed"],
+    }  # fmt: skip
+
+
+def describe_dense(source: Source) -> dict[str, Any]:
+    """The same of a model that is not low-bit. 16 bit is the baseline: float32 files count half of what they take."""
+    parameters = sum(p.numel() for p in source.skeleton.parameters())
+    nbytes = min(source.store.nbytes(), 2 * parameters)
+    return {
+        "digest": source.digest, "recipe": "dense", "bytes_total": nbytes, "bits_per_weight": 8 * nbytes / parameters,
+        "bytes_stored": source.store.nbytes(), "parameters": parameters, "seconds": 0.0,
     }  # fmt: skip
 
 
 def reference(context: StageContext) -> Mapping[str, Any]:
-    source = open_model(context.params["model"])
-    windows = _windows(context.params, source.tokenizer)
-    scorer = Scorer(_dense(source.root, context.params), source.digest, batch=context.params["batch"])
+    """Score the original once: its token evidence, and the hidden states that exact KL needs."""
+    source, windows = _source(context.params), _windows(context.params)
+    scorer = Scorer(dense_model(source.root, context.params["dtype"]), source.digest, batch=context.params["batch"])
     found = scorer.reference(windows, _counter(context, windows))
     evidence.write_reference(context.folder, found)
     return {
         "windows": len(windows.ids), "length": int(windows.ids.shape[1]), "tokens": windows.scored,
         "text": windows.text, "text_digest": windows.text_digest, "protocol": windows.protocol,
-        "identity": scorer.identity, "dtype": found.provenance.dtype, "model_digest": source.digest,
-        "bytes_total": source.store.nbytes(),
+        "identity": scorer.identity, "dtype": found.provenance.dtype, **describe_dense(source),
     }  # fmt: skip
 
 
 def floor(context: StageContext) -> Mapping[str, Any]:
     """The noise floor: the same weights, scored with another batch size."""
-    source = open_model(context.params["model"])
-    windows = _windows(context.params, source.tokenizer)
-    scorer = Scorer(_dense(source.root, context.params), source.digest, batch=context.params["batch"] + 1)
-    return _score(context, scorer, windows, context.input_folder(0))
+    source = _source(context.params)
+    model = dense_model(source.root, context.params["dtype"])
+    return _score(context, Scorer(model, source.digest, batch=context.params["batch"] + 1))
 
 
 def score(context: StageContext) -> Mapping[str, Any]:
     """A candidate: the checkpoint of the second input, or the directory that the parameters name."""
-    source = open_model(context.params["model"])
-    windows = _windows(context.params, source.tokenizer)
     path = Path(context.params["candidate"]) if "candidate" in context.params else context.input_checkpoint(1)
+    described = describe(path)
+    if context.params.get("candidate_digest", described["digest"]) != described["digest"]:
+        raise StudyError("changed after this cell was planned", where=str(path), fix="run it again")
     if native.is_native(path):
         model = facade.load(path, dtype=torch_dtype(context.params["dtype"]), kernels="dense")
-        weights = describe(path)["digest"]
     else:
-        candidate = of_directory(path)
-        model, weights = _dense(candidate.root, context.params), candidate.digest
-    scorer = Scorer(model, weights, batch=context.params["batch"])
-    return _score(context, scorer, windows, context.input_folder(0))
+        model = dense_model(path, context.params["dtype"])
+    return {**described, **_score(context, Scorer(model, described["digest"], batch=context.params["batch"]))}
 
 
 def attribute(context: StageContext) -> Mapping[str, Any]:
     """KL of each block alone, on a few short windows."""
-    source = open_model(context.params["model"])
-    path = Path(context.params["candidate"]) if "candidate" in context.params else context.input_checkpoint(0)
+    source = _source(context.params)
     held: dict[str, dict[str, QTensor]] = {block: {} for block in source.blocks}
-    for site, q in native.qtensors(path):
+    for site, q in native.qtensors(context.input_checkpoint(0)):
         held[next(b for b in source.blocks if site.startswith(b + "."))][site] = q
     windows, length = context.params["attribution_windows"], context.params["attribution_length"]
-    text = texts.read(context.params["text"], "evaluation")
-    tokens = texts.sample(text, source.tokenizer, windows, length, None).ids
+    tokens = texts.sample(_text(context.params), source.tokenizer, windows, length, None).ids
     found = kl_by_block(
         source, held.__getitem__, tokens, torch_dtype(context.params["dtype"]),
         lambda done, total: context.report(done, total, "blocks"),
@@ -151,31 +164,68 @@ def attribute(context: StageContext) -> Mapping[str, Any]:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """``auto`` is the dtype that this processor multiplies fastest without losing range."""
+    """``auto`` is the dtype that this processor multiplies fastest without losing range. Raises RecipeError."""
+    if name not in DTYPES:
+        raise RecipeError(f"unknown dtype {name!r}", fix=nearest(name, DTYPES))
     return facade.compute_dtype() if name == "auto" else getattr(torch, name)  # type: ignore[no-any-return]
 
 
-def _score(context: StageContext, scorer: Scorer, windows: Windows, reference_folder: Path) -> dict[str, Any]:
-    tokens, provenance = scorer.score(
-        windows, evidence.read_reference(reference_folder), _counter(context, windows)
-    )  # fmt: skip
-    evidence.write_tokens(context.folder, tokens, provenance)
-    return {"identity": scorer.identity, "kl": float(tokens.kl.mean())}
-
-
-def _dense(root: Path | None, params: Mapping[str, Any]) -> PreTrainedModel:
+def dense_model(root: Path | None, dtype: str) -> PreTrainedModel:
+    """A model as transformers loads it; raises ModelError when it cannot."""
     try:
         return AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]
-            root, dtype=torch_dtype(params["dtype"]), local_files_only=True, trust_remote_code=False
+            root, dtype=torch_dtype(dtype), local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"transformers cannot load it: {error}", where=str(root)) from error
 
 
-def _windows(params: Mapping[str, Any], tokenizer: Any) -> Windows:
+def _score(context: StageContext, scorer: Scorer) -> dict[str, Any]:
+    windows = _windows(context.params)
+    reference = evidence.read_reference(context.input_folder(0))
+    tokens, provenance = scorer.score(windows, reference, _counter(context, windows))
+    evidence.write_tokens(context.folder, tokens, provenance)
+    return {"identity": scorer.identity, "kl": float(tokens.kl.mean())}
+
+
+def _source(params: Mapping[str, Any]) -> Source:
+    return _opened(params["model"], params["model_digest"])
+
+
+@lru_cache(maxsize=1)
+def _opened(model: str, model_digest: str) -> Source:
+    """The model that the cell was planned with; the cells of a worker mostly share it."""
+    source = open_model(model)
+    if source.digest != model_digest:
+        raise StudyError("changed after this cell was planned", where=model, fix="run the study again")
+    return source
+
+
+def _text(params: Mapping[str, Any]) -> texts.Text:
+    """The text that the cell was planned with."""
     text = texts.read(params["text"], "evaluation")
-    ids = texts.encode(text, tokenizer)
-    return parse(params["protocol"]).cut(ids, params["windows"], text.name, text.digest)
+    if text.digest != params["text_digest"]:
+        raise StudyError("changed after this cell was planned", where=params["text"], fix="run the study again")
+    return text
+
+
+@lru_cache(maxsize=1)
+def _encoded(model: str, model_digest: str, text: texts.Text) -> Int[Tensor, "tokens"]:
+    return texts.encode(text, _opened(model, model_digest).tokenizer)
+
+
+def _windows(params: Mapping[str, Any]) -> Windows:
+    protocol = parse(params["protocol"])
+    longest = getattr(_source(params).config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and protocol.length > longest:
+        raise RecipeError(
+            f"windows of {protocol.length} tokens, the model reads at most {longest}", where=str(protocol),
+            why="predictions beyond what it was trained for say nothing about its low-bit versions",
+            fix=f"--protocol windows-{longest}",
+        )  # fmt: skip
+    text = _text(params)
+    ids = _encoded(params["model"], params["model_digest"], text)
+    return protocol.cut(ids, params["windows"], text.name, text.digest)
 
 
 def _counter(context: StageContext, windows: Windows) -> Callable[[int], None]:

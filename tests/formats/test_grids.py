@@ -87,6 +87,7 @@ def test_nearest_is_the_argmin_of_the_distance(name: str) -> None:
         x = x.clamp(-1, 1)
     x = torch.cat([x, torch.linspace(-1, 1, 201) * 1e-3 * table.top, values.to(torch.float32)])
     chosen = table.lookup(table.nearest(x)).double()
+    assert torch.equal(table.round(x).double(), chosen)
     assert not chosen.isnan().any()
     least = (x.double().unsqueeze(1) - values).abs().amin(1)
     slack = 1.0 / 65535 if name == "dynamic8" else 1e-7 * table.top  # dynamic8 looks up on a lattice

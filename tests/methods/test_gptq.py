@@ -14,6 +14,8 @@ from lowbit.methods.base import Weight
 from lowbit.methods.gptq import Gptq
 from lowbit.methods.rtn import Rtn
 
+FORMATS = ["int4-g16", "int3-row", "nf4", "fp8-e4m3", "mxfp4", "ternary"]
+
 
 def gram_of(x: torch.Tensor) -> Stats:
     gram = Gram(x.shape[1])
@@ -21,8 +23,10 @@ def gram_of(x: torch.Tensor) -> Stats:
     return Stats("layer.in", {Gram: gram})
 
 
-def correlated(tokens: int, d: int, seed: int = 0, outliers: int = 0, held_out: int = 0) -> tuple[torch.Tensor, ...]:
-    """Inputs whose covariance has eigenvalues 1/i in a random basis, some channels 40 times as large; and fresh ones."""
+def correlated(
+    tokens: int, d: int, seed: int = 0, outliers: int = 0, held_out: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and fresh ones: covariance with eigenvalues 1/i in a random basis, some channels 40 times as large."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.arange(1, d + 1).float() ** -0.5
     basis = torch.linalg.qr(torch.randn(d, d, generator=generator))[0]
@@ -75,9 +79,7 @@ def damped(x: torch.Tensor, damp: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize(
-    "name", ["int4-g16", "int2-g16-sym", "int3-row", "int3-g20", "nf4", "ternary", "mxfp4", "int4-tensor"]
-)
+@pytest.mark.parametrize("name", [*FORMATS, "int2-g16-sym", "int3-g20", "int4-tensor"])
 def test_codes_are_the_textbooks(name: str, act_order: bool) -> None:
     fmt, w = preset(name), weight(24, 48)
     x, _ = correlated(300, 48)
@@ -106,7 +108,8 @@ def test_the_block_size_changes_no_code(name: str, options: dict[str, bool]) -> 
     first, *others = (Gptq(block=block, **options)(w, stats, preset(name)) for block in (1, 32, 128))
     for other in others:
         assert torch.equal(codes_of(other), codes_of(first))
-        assert torch.equal(other.decode(), first.decode())
+        # A dynamic float32 scale is fitted to weights whose errors were added up in another order.
+        torch.testing.assert_close(other.decode(), first.decode(), rtol=1e-5, atol=1e-6)
 
 
 # --- published gains -------------------------------------------------------------------------------------------------
@@ -138,9 +141,7 @@ def test_act_order_helps_where_channels_stand_out() -> None:
     assert sum(ratios) / 3 < 0.9
 
 
-@pytest.mark.parametrize(
-    "name", ["int4-g64", "int2-g64", "int3-row", "nf4", "nf4-dq", "fp8-e4m3", "mxfp4", "nvfp4", "ternary"]
-)
+@pytest.mark.parametrize("name", [*FORMATS, "int2-g64", "nf4-dq", "nvfp4"])
 def test_never_worse_than_round_to_nearest_on_the_same_grid(name: str) -> None:
     x, _ = correlated(600, 150)
     stats, w, fmt = gram_of(x), weight(32, 150), preset(name)
@@ -164,8 +165,9 @@ def test_a_dead_input_is_rounded_alone_and_touches_no_other(act_order: bool) -> 
     x, _ = correlated(300, 64)
     x[:, [5, 40]] = 0
     w, fmt = weight(16, 64), preset("int4-g16")
+    w.matrix[:, [5, 40]] *= 0.1  # inside its group's range, so that the grid stays
     other = Weight(w.name, w.matrix.clone())
-    other.matrix[:, 5] *= 0.9  # inside its group's range, so that the grid stays
+    other.matrix[:, 5] *= -1
     got, again = (codes_of(Gptq(act_order=act_order, clip=0)(v, gram_of(x), fmt)) for v in (w, other))
     live = [j for j in range(64) if j not in (5, 40)]
     rtn = codes_of(Rtn()(w, Stats("x", {}), fmt))

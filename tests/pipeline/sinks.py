@@ -1,14 +1,16 @@
-"""A sink that keeps everything, for tests of the walk."""
+"""A sink that keeps everything, and recipes from a line, for tests of the walk."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from lowbit.formats.qtensor import QTensor
+from lowbit.pipeline.recipe import Calibration, Override, Recipe, parse
 from lowbit.pipeline.walk import SiteReport
 
 
@@ -39,3 +41,7 @@ def same_codes(a: Mapping[str, QTensor], b: Mapping[str, QTensor]) -> bool:
     return a.keys() == b.keys() and all(
         torch.equal(p.data, q.data) for site in a for p, q in zip(a[site].parts(), b[site].parts(), strict=True)
     )
+
+
+def recipe(line: str, *overrides: Override, **calibration: Any) -> Recipe:
+    return parse(line).model_copy(update={"override": list(overrides), "calibration": Calibration(**calibration)})

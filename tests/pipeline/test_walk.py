@@ -1,4 +1,4 @@
-"""The walk: coverage of every family, stages, lockstep, propagation, spilled hidden states, errors inside."""
+"""The walk: every family, stages, lockstep, propagation, spilled hidden states, errors inside."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from sinks import Kept, same_codes
+from sinks import Kept, recipe, same_codes
 from tiny import family_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -16,10 +16,7 @@ from transformers import AutoModelForCausalLM
 from lowbit.calibration.stats import Gram, Stats
 from lowbit.errors import (
     CalibrationError,
-    CoverageError,
-    FormatError,
     GramError,
-    RecipeError,
     StorageError,
     WeightError,
 )
@@ -29,15 +26,10 @@ from lowbit.models.source import of_directory, of_model
 from lowbit.models.stream import Stream
 from lowbit.pipeline import spill
 from lowbit.pipeline import walk as walk_module
-from lowbit.pipeline.coverage import audit
 from lowbit.pipeline.observe import Stage, discover
-from lowbit.pipeline.recipe import Calibration, Override, Recipe, Step, parse, with_calibration
+from lowbit.pipeline.recipe import Override, Recipe, Step, parse, with_calibration
 from lowbit.pipeline.spill import Hidden
 from lowbit.pipeline.walk import Progress, walk
-
-
-def recipe(line: str, *overrides: Override, **calibration: Any) -> Recipe:
-    return parse(line).model_copy(update={"override": list(overrides), "calibration": Calibration(**calibration)})
 
 
 @pytest.mark.parametrize("line", ["rtn:int8-row", "gptq:int4-g32,damp=0.1,clip=0"])
@@ -227,71 +219,6 @@ def test_an_expert_that_no_token_reaches_is_named(tokens: torch.Tensor) -> None:
     sink = Kept()
     walk(of_model(model), recipe("gptq:int4-g32,damp=0.1", kept), tokens, sink)
     assert {r.method for r in sink.reports if ".experts.3." in r.site} == {"rtn"}
-
-
-def test_fused_parameters_of_an_unknown_kind_are_refused_by_name(tokens: torch.Tensor) -> None:
-    model = family_model("mixtral")
-    source = of_model(model)
-    block = source.skeleton.get_submodule(source.blocks[1])
-    block.mlp.mixing = nn.Parameter(torch.empty(4, 8, 8, device="meta"))
-    with pytest.raises(CoverageError, match=r"model\.layers\.1\.mlp\.mixing.*\(4, 8, 8\)"):
-        audit(source, parse("rtn:int8-row"))
-
-
-def test_experts_with_transposed_weights_are_refused_not_guessed() -> None:
-    model = family_model("gpt_oss", num_local_experts=4, num_experts_per_tok=2, head_dim=16)
-    with pytest.raises(CoverageError, match=r"experts\.gate_up_proj"):
-        audit(of_model(model), parse("rtn:int8-row"))
-
-
-def test_a_linear_router_is_kept_unless_a_recipe_names_it() -> None:
-    source = of_model(family_model("mixtral"))
-    for block in source.blocks:
-        source.skeleton.get_submodule(block).mlp.gate = nn.Linear(64, 4, bias=False, device="meta")
-    plain = audit(source, parse("rtn:int8-row"))
-    assert not any(name.endswith("mlp.gate") for name in plain.treated)
-    assert {k.name for k in plain.kept if "router" in k.why} == {f"{b}.mlp.gate" for b in source.blocks}
-    everything = audit(source, recipe("rtn:int8-row", Override(sites="*", format="int4-g32")))
-    assert everything.treated.keys() == plain.treated.keys()
-    named = audit(source, recipe("rtn:int8-row", Override(sites="*.mlp.gate", format="int8-tensor")))
-    assert named.treated["model.layers.1.mlp.gate"][1].format.name == "int8-tensor"
-
-
-def test_the_head_is_kept_with_a_reason_or_refused(llama: Path) -> None:
-    source = of_directory(llama)
-    assert [site.name for site in source.head_sites()] == ["lm_head"]
-    reasons = {
-        k.name: k.why for k in audit(source, recipe("rtn:int8-row", Override(sites="lm_head", keep="tiny"))).kept
-    }
-    assert reasons["lm_head.weight"] == "tiny"
-    assert reasons["model.embed_tokens.weight"] == "embedding or head: 16 bit"
-    for pattern in ("lm_head", "lm_*"):
-        with pytest.raises(RecipeError, match="head cannot be quantized"):
-            audit(source, recipe("rtn:int8-row", Override(sites=pattern, format="int8-row")))
-    assert of_directory(llama.parent / "mistral").head_sites() == []  # tied: the head is the embedding
-
-
-def test_sizes_and_shares_come_from_shapes(llama: Path) -> None:
-    coverage = audit(of_directory(llama), recipe("rtn:int8-row", Override(sites="*.down_proj", keep="sensitive")))
-    block = 64 * 64 * 2 + 64 * 32 * 2 + 64 * 96 * 2
-    assert coverage.quantized == 2 * block
-    total = 2 * (block + 64 * 96) + 2 * 288 * 64 + 5 * 64
-    assert coverage.parameters == total
-    assert coverage.share == pytest.approx(2 * block / total)
-
-
-def test_a_recipe_that_keeps_everything_is_an_error(llama: Path) -> None:
-    with pytest.raises(CoverageError, match="quantizes nothing"):
-        audit(of_directory(llama), recipe("rtn:int8-row", Override(sites="*", keep="just looking")))
-
-
-def test_a_shape_that_a_format_cannot_take_is_named(monkeypatch: pytest.MonkeyPatch, llama: Path) -> None:
-    source = of_directory(llama)
-    empty = nn.Linear(1, 64, bias=False, device="meta")
-    empty.weight = nn.Parameter(torch.empty(64, 0, device="meta"))
-    source.skeleton.get_submodule(source.blocks[1]).mlp.extra = empty
-    with pytest.raises(FormatError, match=r"model\.layers\.1\.mlp\.extra: .*\(64, 0\)"):
-        audit(source, parse("rtn:int4-g32"))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

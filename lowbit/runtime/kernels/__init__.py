@@ -7,17 +7,18 @@ one parametrised test. The order below is the order of preference under the poli
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.nn.functional import linear
 
 from lowbit.arrays import Float, Tensor
-from lowbit.errors import RecipeError
+from lowbit.errors import RecipeError, nearest
 from lowbit.formats.qtensor import QTensor
 from lowbit.formats.spec import Spec
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """One way to multiply. A prepared kernel builds a state once a layer and dtype."""
 
@@ -89,16 +90,25 @@ def kernels() -> list[Kernel]:
     return [INT8, INT4, REFERENCE]
 
 
+POLICIES = ("auto", "reference", "dense")
+
+
+def check_policy(policy: str) -> str:
+    """The policy itself; raises RecipeError when there is no such."""
+    if policy not in POLICIES:
+        raise RecipeError(f"unknown kernel policy {policy!r}", fix=nearest(policy, POLICIES))
+    return policy
+
+
 def choose(policy: str, spec: Spec, x: Tensor) -> Kernel:
-    """The kernel for this weight and input under a policy."""
-    match policy:
-        case "auto":
-            return next(k for k in kernels() if k.takes(spec, x))
+    """The kernel for this weight and input under a policy; raises RecipeError for an unknown policy."""
+    match check_policy(policy):
         case "reference":
             return REFERENCE
         case "dense":
             return DENSE
-    raise RecipeError(f"unknown kernel policy {policy!r}", fix="auto, reference or dense")
+        case _:
+            return next(k for k in kernels() if k.takes(spec, x))
 
 
 def usable() -> list[tuple[str, bool, str]]:
@@ -107,7 +117,7 @@ def usable() -> list[tuple[str, bool, str]]:
 
     few = f"bfloat16 activations, at most {FEW_TOKENS} tokens a call"
     return [
-        (INT8.name, works(), f"int8-row-sym weights, {few}"),
+        (INT8.name, works(), f"int8-row-sym weights, columns in multiples of 16, {few}"),
         (INT4.name, works(), f"int4 in groups of 32, 64, 128 or 256, {few}"),
         (REFERENCE.name, True, "everything else: decode at every call"),
         (DENSE.name, True, "on request, and in scoring: decode once"),

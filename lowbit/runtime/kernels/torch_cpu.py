@@ -15,6 +15,7 @@ from lowbit.formats.qtensor import Affine, QTensor
 from lowbit.formats.spec import Spec
 
 FEW_TOKENS = 8  # beyond this many rows of x the reference is faster
+_INT8_STEP = 16  # torch's int8 kernel reads rows in whole steps, past the end of a ragged one
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Int8:
             and codes.levels == 256
             and spec.leaf("zero") is None
             and spec.get("block") == "row"
+            and spec.shape[1] % _INT8_STEP == 0
         )
 
     def prepare(self, q: QTensor, dtype: torch.dtype) -> State:

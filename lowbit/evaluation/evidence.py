@@ -82,7 +82,7 @@ def write_reference(folder: Path, reference: Reference) -> None:
         tensors["bias"] = reference.head.bias
     cap = "" if reference.head.cap is None else repr(reference.head.cap)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / REFERENCE, metadata={"format": "pt", "cap": cap})
+    save_file(tensors, folder / REFERENCE, metadata={"format": "pt", "cap": cap, "scale": repr(reference.head.scale)})
     write_tokens(folder, reference.tokens, reference.provenance)
 
 
@@ -92,8 +92,12 @@ def read_reference(folder: Path) -> Reference:
     try:
         with safe_open(folder / REFERENCE, framework="pt") as file:
             tensors: Mapping[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            cap = (file.metadata() or {}).get("cap", "")
-        head = Head(tensors["head"], tensors.get("bias"), float(cap) if cap else None)
+            held = file.metadata() or {}
+        head = Head(
+            tensors["head"], tensors.get("bias"), float(held["cap"]) if held["cap"] else None, float(held["scale"])
+        )
+        if not len(tokens) == len(tensors["hidden"]) == len(tensors["log_normalizer"]):
+            raise ValueError(f"{len(tensors['hidden'])} hidden states for {len(tokens)} tokens")
         return Reference(tensors["hidden"], head, tensors["log_normalizer"], tokens, provenance)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise EvidenceError(f"is no reference evidence: {error}", where=str(folder / REFERENCE)) from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
@@ -15,27 +16,30 @@ from lowbit.models.source import Source
 
 @dataclass(frozen=True)
 class Head:
-    """``logits = cap(weight @ h + bias)``; the cap is the soft one of Gemma 2."""
+    """``logits = cap(scale * (weight @ h + bias))``; the cap is the soft one of Gemma 2, the scale Cohere's, Granite's."""
 
     weight: Float[Tensor, "vocab d"]
     bias: Float[Tensor, "vocab"] | None
     cap: float | None
+    scale: float = 1.0
 
     def __call__(self, hidden: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens vocab"]:
         """Logits in float32; the product runs in the dtype of ``hidden``."""
         logits = linear(hidden, self.weight, self.bias).to(torch.float32)
+        if self.scale != 1.0:
+            logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
     def to(self, device: torch.device) -> Head:
         """The same head on a device."""
-        return Head(self.weight.to(device), None if self.bias is None else self.bias.to(device), self.cap)
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
 
     @classmethod
     def unchecked(cls, model: PreTrainedModel) -> Head:
         """The head as the configuration says."""
         out = model.get_output_embeddings()
-        config = model.config.get_text_config(decoder=True)
-        return cls(out.weight.detach(), out.bias, getattr(config, "final_logit_softcapping", None))
+        return cls(out.weight.detach(), out.bias, *_cap_and_scale(model.config))
 
     @classmethod
     def of_source(cls, source: Source, dtype: torch.dtype) -> Head:
@@ -44,8 +48,7 @@ class Head:
         names = {id(p): name for name, p in source.skeleton.named_parameters()}
         weight = source.tensor(names[id(out.weight)], tuple(out.weight.shape)).to(dtype)
         bias = None if out.bias is None else source.tensor(names[id(out.bias)], tuple(out.bias.shape)).to(dtype)
-        config = source.config.get_text_config(decoder=True)
-        return cls(weight, bias, getattr(config, "final_logit_softcapping", None))
+        return cls(weight, bias, *_cap_and_scale(source.config))
 
     @classmethod
     def of(cls, model: PreTrainedModel, sample: Int[Tensor, "batch length"]) -> Head:
@@ -63,6 +66,12 @@ class Head:
                 why="exact KL is computed from stored hidden states", fix="open an issue with the model's name",
             )  # fmt: skip
         return head
+
+
+def _cap_and_scale(config: Any) -> tuple[float | None, float]:
+    text = config.get_text_config(decoder=True)
+    scale = getattr(text, "logit_scale", None) or 1.0
+    return getattr(text, "final_logit_softcapping", None), scale / (getattr(text, "logits_scaling", None) or 1.0)
 
 
 def final_hidden(model: PreTrainedModel, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length d"]:

@@ -50,8 +50,12 @@ def main() -> None:
     }))  # fmt: skip
     for line in arguments.recipes:
         recipe = with_calibration(
-            parse(line), text=arguments.calibration, samples=arguments.samples, length=arguments.calibration_length
-        )
+            parse(line), text=arguments.calibration, samples=arguments.samples, length=arguments.calibration_length,
+            seed=arguments.calibration_seed,
+        )  # fmt: skip
+        if arguments.calibration_seed < 0:  # the first windows of the text, as peers take them
+            calibration = recipe.calibration.model_copy(update={"seed": None})
+            recipe = recipe.model_copy(update={"calibration": calibration})
         with tempfile.TemporaryDirectory() as folder:
             started, cpu = time.perf_counter(), time.process_time()
             fresh = open_model(arguments.model)  # opening it is part of the cost
@@ -75,6 +79,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--text", default="pydoc")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--calibration-length", type=int, default=512)
+    parser.add_argument("--calibration-seed", type=int, default=0, help="negative: the first windows of the text")
     parser.add_argument("--windows", type=int, default=10)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--dtype", default="auto")

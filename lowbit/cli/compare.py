@@ -25,12 +25,12 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Score candidates beside the original on the same tokens; evidence is kept, so that nothing is scored twice."""
+    quiet()
     from lowbit import digest
     from lowbit.cli.run import run_grids
     from lowbit.cli.tables import show_reports
     from lowbit.study import grid
 
-    quiet()
     evaluation = {
         "text": text or "pydoc", "protocol": protocol, "windows": windows, "batch": batch, "dtype": dtype,
     }  # fmt: skip

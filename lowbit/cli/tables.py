@@ -33,7 +33,9 @@ def show_reports(folder: Path, name: str, grids: Sequence[Grid], output: Output,
     elif output != "none":
         for _, report in found:
             _print(report, output, titled=len(grids) > 1)
-    for grid, report in found if html is not None else []:
+    if html is None:
+        return
+    for grid, report in found:
         path = html if len(grids) == 1 else html.with_stem(f"{html.stem}-{grid.model.strip('/').replace('/', '-')}")
         write(report, path)
         (say if output == "json" else print)(str(path))

@@ -16,7 +16,7 @@ from lowbit.models.source import Source
 
 @dataclass(frozen=True)
 class Head:
-    """``logits = cap(scale * (weight @ h + bias))``; the cap is the soft one of Gemma 2, the scale Cohere's, Granite's."""
+    """``logits = cap(scale * (weight @ h + bias))``; the cap is Gemma 2's soft one, the scale Cohere's or Granite's."""
 
     weight: Float[Tensor, "vocab d"]
     bias: Float[Tensor, "vocab"] | None

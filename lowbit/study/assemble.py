@@ -72,7 +72,7 @@ def report(store: Store, name: str, grid: Grid, rule: str = "holm", command: str
             tokens=output["tokens"],
             clusters=len(np.unique(ref_tokens.cluster)),
             dtype=output["dtype"],
-        ),  # fmt: skip
+        ),
         environment=view.Environment(tuple((p, version(p)) for p in _PACKAGES), _machine()),
         multiplicity_rule=rule,
         configuration=_configuration(grid, output, [entry for entry, _, _ in scored.values()]),

@@ -32,10 +32,9 @@ from lowbit.io import native
 from lowbit.models.resolve import open_model
 from lowbit.models.source import Source, of_directory
 from lowbit.pipeline.recipe import Recipe
-from lowbit.pipeline.walk import walk
+from lowbit.pipeline.walk import Progress, walk
 from lowbit.runtime import facade
-from lowbit.study.engine import Stage
-from lowbit.study.worker import StageContext
+from lowbit.study.worker import Stage, StageContext
 
 _MAKES = ("lowbit.formats", "lowbit.methods", "lowbit.models", "lowbit.calibration", "lowbit.pipeline", "lowbit.io")
 _SCORES = (*_MAKES, "lowbit.evaluation", "lowbit.runtime")
@@ -74,7 +73,11 @@ def make(
             return {**describe(out), "already_done": True}
         resumed = any(writer.has(block) for block in source.blocks)
         ids = None if tokens is None else tokens.ids
-        walk(source, recipe, ids, writer, dtype=dtype, on_progress=lambda p: report(p.done, p.total, "linears"))
+
+        def told(progress: Progress) -> None:
+            report(progress.done, progress.total, "linears")
+
+        walk(source, recipe, ids, writer, dtype=dtype, on_progress=told)
         extra = {
             "calibration_text": None if tokens is None else {"name": tokens.text, "digest": tokens.text_digest},
             "seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu, "resumed": resumed,
@@ -116,7 +119,8 @@ def describe_dense(source: Source) -> dict[str, Any]:
 def reference(context: StageContext) -> Mapping[str, Any]:
     """Score the original once: its token evidence, and the hidden states that exact KL needs."""
     source, windows = _source(context.params), _windows(context.params)
-    scorer = Scorer(dense_model(source.root, context.params["dtype"]), source.digest, batch=context.params["batch"])
+    model = dense_model(Path(context.params["model"]), context.params["dtype"])
+    scorer = Scorer(model, source.digest, batch=context.params["batch"])
     found = scorer.reference(windows, _counter(context, windows))
     evidence.write_reference(context.folder, found)
     return {
@@ -128,9 +132,8 @@ def reference(context: StageContext) -> Mapping[str, Any]:
 
 def floor(context: StageContext) -> Mapping[str, Any]:
     """The noise floor: the same weights, scored with another batch size."""
-    source = _source(context.params)
-    model = dense_model(source.root, context.params["dtype"])
-    return _score(context, Scorer(model, source.digest, batch=context.params["batch"] + 1))
+    model = dense_model(Path(context.params["model"]), context.params["dtype"])
+    return _score(context, Scorer(model, context.params["model_digest"], batch=context.params["batch"] + 1))
 
 
 def score(context: StageContext) -> Mapping[str, Any]:
@@ -170,7 +173,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return facade.compute_dtype() if name == "auto" else getattr(torch, name)  # type: ignore[no-any-return]
 
 
-def dense_model(root: Path | None, dtype: str) -> PreTrainedModel:
+def dense_model(root: Path, dtype: str) -> PreTrainedModel:
     """A model as transformers loads it; raises ModelError when it cannot."""
     try:
         return AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]

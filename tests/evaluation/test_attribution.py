@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.evaluation.conftest import log_probs
 from tiny import family_model
 
 from lowbit.evaluation.attribution import kl_by_block
@@ -15,6 +14,7 @@ from lowbit.formats.presets import preset
 from lowbit.formats.qtensor import QTensor
 from lowbit.models.graph import set_matrix
 from lowbit.models.source import of_directory, of_model
+from tests.evaluation.conftest import log_probs
 
 INT3 = preset("int3-g32")
 

@@ -9,14 +9,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.evaluation.conftest import KINDS, tiny_model
 
 from lowbit.errors import EvidenceError
 from lowbit.evaluation.evidence import (
-    REFERENCE, TOKENS, Provenance, Reference, read_reference, read_tokens, write_reference, write_tokens,
+    REFERENCE,
+    TOKENS,
+    Provenance,
+    Reference,
+    read_reference,
+    read_tokens,
+    write_reference,
+    write_tokens,
 )  # fmt: skip
 from lowbit.evaluation.protocol import Windows
 from lowbit.evaluation.scorer import Scorer
+from tests.evaluation.conftest import KINDS, tiny_model
 
 
 @pytest.fixture(scope="module")

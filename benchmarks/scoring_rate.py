@@ -48,6 +48,7 @@ def main() -> None:
     ids = texts.encode(text, source.tokenizer)
     windows = parse(f"windows-{args.length}").cut(ids, args.windows, text.name, text.digest)
     dtype = getattr(torch, args.dtype)
+    assert source.root is not None  # it was opened from a directory
     model = AutoModelForCausalLM.from_pretrained(source.root, dtype=dtype, local_files_only=True).eval()
     scorer = Scorer(model, source.digest)
     reference = scorer.reference(windows)  # also warms everything up
@@ -76,7 +77,12 @@ def main() -> None:
         for name, found in seconds.items()
     }
     print(", ".join(f"{name} {rate['wall']} tok/s wall, {rate['cpu']} CPU" for name, rate in rates.items()))
-    share = {name: round(rates[name]["cpu"] / rates["forward"]["cpu"], 3) for name in ("reference", "score")}
+    share = {  # paired within a repetition, so that a busy neighbour weighs on both
+        name: round(
+            statistics.median(f[1] / own[1] for f, own in zip(seconds["forward"], seconds[name], strict=True)), 3
+        )
+        for name in ("reference", "score")
+    }
     print(json.dumps({**vars(args), "tokens": tokens, "tokens_per_second": rates, "cpu_share_of_forward": share}))
 
 

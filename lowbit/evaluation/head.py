@@ -56,10 +56,15 @@ class Head:
 
         Raises ModelError for a model whose logits are not made this way.
         """
-        head, sample = cls.unchecked(model), sample.to(model.device)
-        with torch.inference_mode():
-            own = model(input_ids=sample, use_cache=False).logits.to(torch.float32)
-            ours = head(final_hidden(model, sample).reshape(-1, head.weight.shape[1])).view(own.shape)
+        head = cls.unchecked(model)
+        read: list[Tensor] = []
+        seen = model.base_model.register_forward_hook(lambda _module, _args, out: read.append(out.last_hidden_state))
+        try:
+            with torch.inference_mode():
+                own = model(input_ids=sample.to(model.device), use_cache=False).logits.to(torch.float32)
+                ours = head(read[0].reshape(-1, head.weight.shape[1])).view(own.shape)
+        finally:
+            seen.remove()
         if float((own - ours).abs().max()) > 1e-2 * float(own.abs().max().clamp_min(1.0)):
             raise ModelError(
                 "its logits are not a linear map of its final hidden states", where=type(model).__name__,

@@ -32,6 +32,7 @@ class Scorer:
 
     def __init__(self, model: PreTrainedModel, weights: str, *, batch: int = 1) -> None:
         self.model, self.weights, self.batch = model.eval(), weights, batch
+        self._checked = False
 
     @property
     def identity(self) -> str:
@@ -44,15 +45,15 @@ class Scorer:
     @torch.inference_mode()
     def reference(self, windows: Windows, on_tokens: Callable[[int], None] = lambda _: None) -> Reference:
         """Score as the reference of a study: its hidden states are kept, KL to itself is zero."""
-        head = Head.of(self.model, windows.ids[:1, :8])
+        head = self._head(windows.ids[0, :8])
         columns = _places(windows)
         hidden = torch.empty(windows.scored, head.weight.shape[1], dtype=self.model.dtype)
-        normalizer = torch.empty(windows.scored)
+        normalizer, scratch = torch.empty(windows.scored), _scratch(head)
         for rows, h, targets in self._hidden(windows):
             hidden[rows] = h
             logits = head(h)
-            first, weights, total, log_z = _softmax(logits)
-            expected = torch.linalg.vecdot(weights, logits) / total
+            first, weights, total, log_z = _softmax(logits, scratch)
+            expected = weights.mul_(logits).sum(-1) / total
             target = _pick(logits, targets)
             p_first = torch.exp(_pick(logits, first) - log_z)
             second = logits.scatter_(1, first[:, None], -torch.inf).amax(-1)
@@ -76,26 +77,26 @@ class Scorer:
         """
         if reference.provenance.windows != windows.digest:
             raise EvidenceError("the reference scored other tokens", where=windows.text, fix="score it on this text")
-        head = Head.of(self.model, windows.ids[:1, :8])
+        head = self._head(windows.ids[0, :8])
         if head.weight.shape[0] != reference.head.weight.shape[0]:
             raise EvidenceError(
                 f"vocabularies of {head.weight.shape[0]} and {reference.head.weight.shape[0]} do not compare",
                 fix="a candidate with the reference's tokenizer",
             )  # fmt: skip
-        reference_head, columns = reference.head.to(head.weight.device), _places(windows)
+        reference_head, columns, scratch = reference.head.to(head.weight.device), _places(windows), _scratch(head)
         for name in ("nll_ref", "top1_ref", "margin_ref", "entropy_ref"):
             columns[name] = torch.from_numpy(getattr(reference.tokens, name).copy())
         for rows, h, targets in self._hidden(windows):
             logits = head(h)
-            first, _, _, log_z = _softmax(logits)
+            first, _, _, log_z = _softmax(logits, scratch)
             columns["nll"][rows] = log_z - _pick(logits, targets)
             columns["top1"][rows] = first.to(torch.int32)
             columns["top1_p"][rows] = torch.exp(_pick(logits, first) - log_z)
             # KL = E_ref[l_ref - l] - (log Z_ref - log Z): one expectation over the vocabulary
             logits_ref = reference_head(reference.hidden[rows].to(h.device))
             log_z_ref = reference.log_normalizer[rows].to(h.device)
-            p_ref = torch.sub(logits_ref, log_z_ref[:, None]).exp_()
-            gap = torch.linalg.vecdot(p_ref, logits_ref.sub_(logits))
+            p_ref = torch.sub(logits_ref, log_z_ref[:, None], out=scratch[: len(h)]).exp_()
+            gap = p_ref.mul_(logits_ref.sub_(logits)).sum(-1)
             columns["kl"][rows] = (gap - (log_z_ref - log_z)).clamp_min_(0)  # rounding must not make it negative
             on_tokens(len(targets))
         return _tokens(columns), self._provenance(windows, reference.provenance.reference)
@@ -116,7 +117,7 @@ class Scorer:
             inputs.setdefault((*context, *continuation[:-1]), []).append(i)
         order = sorted(inputs, key=len, reverse=True)
         found: dict[int, tuple[Tensor, bool]] = {}
-        head = Head.of(self.model, torch.tensor([order[0][:8]])) if order else None
+        head = self._head(torch.tensor(order[0][:8])) if order else None
         for start in range(0, len(order), self.batch):
             rows = order[start : start + self.batch]
             ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
@@ -127,6 +128,13 @@ class Scorer:
                     assert head is not None  # there is a row
                     found[i] = _follow(head, h[len(context) - 1 : len(row)], torch.tensor(continuation))
         return [found[i] for i in range(len(sequences))]
+
+    def _head(self, sample: Int[Tensor, "length"]) -> Head:
+        """The model's head, checked once against the model's own logits on a few tokens."""
+        if not self._checked:
+            Head.of(self.model, sample[None])
+            self._checked = True
+        return Head.unchecked(self.model)
 
     def _hidden(self, windows: Windows) -> Iterator[_Rows]:
         """Final hidden states at the positions before every scored token, a few rows at a time, and the targets."""
@@ -197,10 +205,15 @@ def _pick(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, "tokens"])
     return logits.gather(1, targets.to(logits.device)[:, None])[:, 0]
 
 
-def _softmax(logits: Float[Tensor, "tokens vocab"]) -> _Softmax:
-    """In one exponential a logit; torch's logsumexp and topk together cost four times as much on a CPU."""
+def _scratch(head: Head) -> Float[Tensor, "rows vocab"]:
+    """Room for one piece of logits, used again and again: fresh pages cost as much as the arithmetic on them."""
+    return torch.empty(ROWS, head.weight.shape[0], device=head.weight.device)
+
+
+def _softmax(logits: Float[Tensor, "tokens vocab"], scratch: Float[Tensor, "rows vocab"]) -> _Softmax:
+    """In one exponential a logit, its weights in ``scratch``; torch's logsumexp and topk cost four times as much."""
     first = logits.argmax(-1)
     highest = _pick(logits, first)
-    weights = torch.sub(logits, highest[:, None]).exp_()
+    weights = torch.sub(logits, highest[:, None], out=scratch[: len(logits)]).exp_()
     total = weights.sum(-1)
     return _Softmax(first, weights, total, highest + torch.log(total))

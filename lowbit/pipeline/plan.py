@@ -1,7 +1,8 @@
 """plan: what a recipe will make of a model, and what that costs, before any weight is read.
 
-Sizes are exact (a checkpoint's headers aside). Times come from the work's operation counts over this machine's
-measured rates; they are estimates, good to about a factor of 1.5 on an idle machine.
+Sizes are exact (a checkpoint's headers aside). Memory is that of the walk at its worst moment, beside the process
+that plans: within 15 % of what was measured. Times are operation counts over this machine's measured rates:
+estimates, good to about a factor of two, for an idle machine.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import psutil
 import torch
 
 from lowbit.calibration.stats import Gram, Stat
+from lowbit.formats.grids import IntGrid
 from lowbit.models.graph import Site, outside_blocks
 from lowbit.models.source import Source
 from lowbit.pipeline.coverage import Coverage, Kept, audit
@@ -22,10 +26,14 @@ from lowbit.pipeline.spill import LIMIT, Hidden
 
 @dataclass(frozen=True)
 class Rates:
-    """This machine's speed: operations a second of a matrix product, and bytes a second of an elementwise pass."""
+    """This machine: operations a second of a matrix product, bytes a second of an elementwise pass, and a process.
+
+    ``resident`` is what Python with torch, transformers and an opened model holds before any work, in bytes.
+    """
 
     flops: float
     elementwise: float
+    resident: int
 
     @classmethod
     def measure(cls) -> Rates:
@@ -35,6 +43,7 @@ class Rates:
         return cls(
             _rate(lambda: a @ b, 2 * 512 * 768 * 768),
             _rate(lambda: x.mul(1.5).round_(), 2 * 8 * x.numel()),
+            int(psutil.Process().memory_info().rss),
         )  # fmt: skip
 
 
@@ -71,13 +80,22 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Bytes at the worst moment, a process with torch and transformers loaded included."""
+        """Bytes resident at the worst moment, Python and its libraries included."""
         return max(stage.memory for stage in self.stages)
 
 
-_PROCESS = 600 << 20  # a Python process with torch and transformers imported
+class _Passes(NamedTuple):
+    """Elementwise passes over a weight, fitted to timings: to code and pack it, a clip step, a column loop."""
+
+    encode: int
+    step: int
+    loop: int
+
+
+_INTEGERS, _TABLES = _Passes(75, 11, 45), _Passes(130, 31, 800)
+_FORWARD_PASSES = 3  # over every linear's input and output in a forward pass: norms, activations, rotations, sums
 _COLUMN_S = 45e-6  # one step of the column loop beside its arithmetic: about ten small operations
-_SEARCH_PASSES = 7  # elementwise passes over the weight for one step of a clip search
+_TEXT = 64 << 20  # tokens of a whole text with their offsets, before windows are cut from them
 
 
 def plan(source: Source, recipe: Recipe, rates: Rates, dtype: torch.dtype = torch.float32) -> Plan:
@@ -100,29 +118,42 @@ def _stages(
     treated = list(coverage.treated.values())
     block = max(sum(4 * math.prod(s.shape) for s, _ in coverage.in_block(b).values()) for b in source.blocks)
     widest = max(math.prod(s.shape) for s, _ in treated)
-    base = _PROCESS + block + 6 * 4 * widest
-    stages = [StageCost("read and write", 4 * coverage.parameters / 1e9, base)]
+    outside = sum(p.numel() for _, p in outside_blocks(source.skeleton, source.blocks))
+    base = rates.resident + 2 * block + 6 * 4 * widest
+    stages = [StageCost("read and write", 4 * coverage.parameters / 1e9, max(base, rates.resident + 4 * outside))]
     if tokens:
-        d = source.config.get_text_config(decoder=True).hidden_size
-        c = recipe.calibration
-        hidden = min(Hidden.nbytes(c.samples, c.length, d, dtype), LIMIT)
-        inside = tokens * sum(sum(s.shape) for s, _ in coverage.in_block(source.blocks[0]).values()) * dtype.itemsize
-        embedding = sum(p.numel() for _, p in outside_blocks(source.skeleton, source.blocks)) * dtype.itemsize
-        held = base + hidden + (inside // 2 if inside <= LIMIT else inside // c.samples * c.batch) + embedding
-        inputs = [(s, t, kinds) for s, t in treated if (kinds := t.encoder.needs)]
-        forward = 2 * tokens * coverage.quantized / rates.flops
-        statistics = sum(_statistics(s, kinds, tokens) for s, _, kinds in _first_of_each_input(inputs)) / rates.flops
-        gram = max((Gram.nbytes(s.shape[1]) for s, _, kinds in inputs if Gram in kinds), default=0)
-        stages += [
-            StageCost("forward passes", forward, held),
-            StageCost("statistics", statistics, held + gram),
-            StageCost("factorisation", sum(4 * s.shape[1] ** 3 for s, _, _ in _first_of_each_input(inputs))
-                      / rates.flops, held + 5 * gram),
-        ]  # fmt: skip
-    search = sum(_clip_steps(t) * _SEARCH_PASSES * 8 * math.prod(s.shape) for s, t in treated) / rates.elementwise
+        stages += _calibration(source, recipe, coverage, rates, tokens, dtype, base + outside * dtype.itemsize)
+    search = sum(_clip_steps(t) * _passes(t).step * math.prod(s.shape) for s, t in treated)
     rounding = sum(_rounding(s, t, rates) for s, t in treated)
     memory = stages[-1].memory
-    return [*stages, StageCost("clip search", search, memory), StageCost("rounding", rounding, memory)]
+    return [
+        *stages, StageCost("clip search", 8 * search / rates.elementwise, memory),
+        StageCost("rounding", rounding, memory),
+    ]  # fmt: skip
+
+
+def _calibration(
+    source: Source, recipe: Recipe, coverage: Coverage, rates: Rates, tokens: int, dtype: torch.dtype, base: int
+) -> list[StageCost]:
+    """Forward passes over the tokens, and what methods learn from them."""
+    c, d = recipe.calibration, source.config.get_text_config(decoder=True).hidden_size
+    inputs = [(s, t, kinds) for s, t in coverage.treated.values() if (kinds := t.encoder.needs)]
+    first = _first_of_each_input(inputs)
+    widths = [sum(sum(s.shape) for s, _ in coverage.in_block(b).values()) for b in source.blocks]
+    inside = tokens * max(widths) * dtype.itemsize  # activations of all tokens within one block, as in a lockstep pass
+    if inside > LIMIT or not any(t.encoder.true_sequential for _, t, _ in inputs):
+        inside = inside // c.samples * min(c.batch, c.samples)
+    held = base + _TEXT + min(Hidden.nbytes(c.samples, c.length, d, dtype), LIMIT) + inside
+    products = tokens * (2 * coverage.quantized + 4 * c.length * d * len(source.blocks)) / rates.flops
+    passes = tokens * _FORWARD_PASSES * 8 * sum(widths) / rates.elementwise
+    gram = max((Gram.nbytes(s.shape[1]) for s, _, kinds in inputs if Gram in kinds), default=0)
+    statistics = sum(_statistics(s, kinds, tokens) for s, _, kinds in first) / rates.flops
+    factors = sum(4 * s.shape[1] ** 3 for s, _, kinds in first if Gram in kinds) / rates.flops
+    return [
+        StageCost("forward passes", products + passes, held),
+        StageCost("statistics", statistics, held + gram),
+        StageCost("factorisation", factors, held + 5 * gram),
+    ]
 
 
 def _first_of_each_input(
@@ -142,13 +173,19 @@ def _clip_steps(treatment: Treatment) -> int:
     return max(int(getattr(treatment.encoder, "clip", 0)), treatment.format.least_clip_steps)
 
 
+def _passes(treatment: Treatment) -> _Passes:
+    return _INTEGERS if isinstance(treatment.format.grid, IntGrid) else _TABLES
+
+
 def _rounding(site: Site, treatment: Treatment, rates: Rates) -> float:
     """Seconds to choose and pack the codes of one site."""
     rows, columns = site.shape
-    pack = 12 * 8 * rows * columns / rates.elementwise
+    per_pass = 8 * rows * columns / rates.elementwise
+    passes = _passes(treatment)
     if Gram not in treatment.encoder.needs:
-        return pack
-    return pack + columns * _COLUMN_S + rows * columns * columns / rates.flops
+        return passes.encode * per_pass
+    loop = columns * _COLUMN_S + rows * columns * columns / rates.flops
+    return (passes.encode + passes.loop) * per_pass + loop
 
 
 def _rate(work: object, amount: float) -> float:

@@ -77,10 +77,9 @@ def main() -> None:
         for name, found in seconds.items()
     }
     print(", ".join(f"{name} {rate['wall']} tok/s wall, {rate['cpu']} CPU" for name, rate in rates.items()))
+    bare = [cpu for _, cpu in seconds["forward"]]
     share = {  # paired within a repetition, so that a busy neighbour weighs on both
-        name: round(
-            statistics.median(f[1] / own[1] for f, own in zip(seconds["forward"], seconds[name], strict=True)), 3
-        )
+        name: round(statistics.median(b / cpu for b, (_, cpu) in zip(bare, seconds[name], strict=True)), 3)
         for name in ("reference", "score")
     }
     print(json.dumps({**vars(args), "tokens": tokens, "tokens_per_second": rates, "cpu_share_of_forward": share}))

@@ -24,19 +24,14 @@ def inspect(model: Model, as_json: Json = False) -> None:
     if as_json:
         emit({"summary": summary, "sites": rows})
         return
-    from rich.console import Console
-    from rich.table import Table
+    from lowbit.cli.columns import print_columns
 
     width = max(map(len, summary))
     for key, value in summary.items():
         print(f"{key.replace('_', ' '):<{width}}  {_spell(key, value)}")
     print()
-    table = Table(box=None, pad_edge=False)
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "), justify="left" if column in _WORDS else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(_spell(key, value) for key, value in row.items()))
-    Console(width=None if Console().is_terminal else 400, soft_wrap=True).print(table)
+    heads = [key.replace("_", " ") for key in rows[0]]
+    print_columns(heads, [[_spell(key, value) for key, value in row.items()] for row in rows], _WORDS)
     print(f"\n{_LEGEND['kurtosis' if 'kurtosis' in rows[0] else 'output_error']}")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from lowbit.cli.options import Jobs, Json, StoreFolder, Style, quiet, say
+from lowbit.cli.options import Jobs, Json, StoreFolder, Style, emit, quiet, say
 
 app = typer.Typer(help="Grids of models x recipes x measures: resumable, in one process or many.", no_args_is_help=True)
 File = Annotated[Path, typer.Argument(metavar="STUDY.toml", help="What to make and to measure.")]
@@ -42,7 +42,15 @@ def run(
 
 
 @app.command()
-def show(file: File, store: StoreFolder = None, output: Style = "auto", as_json: Json = False) -> None:
+def show(
+    file: File,
+    store: StoreFolder = None,
+    output: Style = "auto",
+    sql: Annotated[
+        str | None, typer.Option("--sql", metavar="SELECT", help="Ask the views cells, findings and tokens instead.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Print the table of what is done, what failed, and how much is left; computes nothing."""
     quiet()
     from lowbit.cli.run import blocked_by, indented
@@ -52,6 +60,9 @@ def show(file: File, store: StoreFolder = None, output: Style = "auto", as_json:
     opened = _open(file, store)
     cells = [cell for grid in opened.grids for cell in grid.cells]
     with Store(opened.folder, create=False) as held:
+        if sql is not None:
+            _answer(held, opened.study.name, sql, as_json)
+            return
         rows = held.lookup([cell.key for cell in cells])
     say(f"{sum(row.status == 'done' for row in rows.values())} of {len(cells)} cells are done")
     for cell in cells:
@@ -93,3 +104,20 @@ def _open(file: Path, store: Path | None) -> _Opened:
 
     study = spec.load(file)
     return _Opened(study, grid.of_study(study, say), store or Path("runs") / study.name)
+
+
+def _answer(store: Any, study: str, sql: str, as_json: bool) -> None:
+    """Print what DuckDB answers, as columns or as a JSON list of rows."""
+    from lowbit.cli.columns import print_columns
+    from lowbit.report.text import MISSING
+    from lowbit.study.query import query
+
+    table = query(store, study, sql)
+    rows = table.to_pylist()
+    if as_json:
+        emit(rows)
+        return
+    words = [name for name in table.column_names if rows and any(isinstance(row[name], str) for row in rows)]
+    spelled = [[MISSING if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()]
+               for row in rows]  # fmt: skip
+    print_columns(table.column_names, spelled, words)

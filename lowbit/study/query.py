@@ -4,7 +4,9 @@
     findings   key, and the fields of ``Finding``: metric, value, low, high, unit, n, p, p_adjusted, verdict ...
     tokens     key, and the columns of ``Tokens``: doc, chunk, pos, token, nll, nll_ref, kl, top1, top1_ref ...
 
-A view without rows is not there: findings are stored when a table is printed. ``key`` is the cell's: ``SELECT label, avg(kl) FROM tokens JOIN cells USING (key) GROUP BY label``.
+A view without rows is not there; findings are stored when a table is printed. ``key`` is the cell's:
+
+    SELECT label, avg(kl) FROM tokens JOIN cells USING (key) GROUP BY label
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from lowbit.study.store import Store
 
 _CELL = ("key", "stage", "label", "status", "seconds", "cpu_seconds", "peak_bytes", "error")
 _CLOSED: dict[str, str | bool | int | float | list[str]] = {  # no downloads, no Python variables as tables
-    "autoinstall_known_extensions": False, "autoload_known_extensions": False, "python_enable_replacement_scans": False,
+    "autoinstall_known_extensions": False, "autoload_known_extensions": False, "python_enable_replacements": False,
 }  # fmt: skip
 
 

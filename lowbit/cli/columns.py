@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
+
+from lowbit.report.text import safe
 
 
-def print_columns(heads: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[str]) -> None:
+def print_columns(heads: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[str]) -> None:
     """Rows under their heads, aligned; to the left in the columns named in ``left``, else to the right."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from lowbit.report.text import safe
-
-    table = Table(box=None, pad_edge=False)
-    for head in heads:
-        table.add_column(Text(head), justify="left" if head in left else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(safe(value)) for value in row))
-    console = Console()
-    Console(width=None if console.is_terminal else 10_000).print(table)
+    lines = [list(heads), *([safe(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = zip(heads, line, widths, strict=True)
+        print("  ".join(v.ljust(w) if head in left else v.rjust(w) for head, v, w in cells).rstrip())

@@ -53,4 +53,5 @@ def quiet() -> None:
     First in a command, before it imports them, which is when they look; what the user has set stays.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

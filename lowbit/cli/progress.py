@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 _EVERY_S = 10.0  # between two lines about one task, where there is no terminal
 _LEAST_S = 2.0  # a task shorter than this is not worth a line
@@ -43,7 +43,7 @@ class Bars:
                 TimeRemainingColumn(), console=Console(stderr=True),
             )  # fmt: skip
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Bars:
         if self._live is not None:
             self._live.start()
         return self

@@ -57,12 +57,12 @@ def show(
     from lowbit.cli.tables import show_reports
     from lowbit.study.store import Store
 
+    if sql is not None:
+        _answer(file, store, sql, as_json)
+        return
     opened = _open(file, store)
     cells = [cell for grid in opened.grids for cell in grid.cells]
     with Store(opened.folder, create=False) as held:
-        if sql is not None:
-            _answer(held, opened.study.name, sql, as_json)
-            return
         rows = held.lookup([cell.key for cell in cells])
     say(f"{sum(row.status == 'done' for row in rows.values())} of {len(cells)} cells are done")
     for cell in cells:
@@ -99,25 +99,33 @@ class _Opened(NamedTuple):
 
 
 def _open(file: Path, store: Path | None) -> _Opened:
-    """What a study file says; its folder is ``runs/NAME`` unless another one is given."""
+    """What a study file says, and where its store lies."""
     from lowbit.study import grid, spec
 
     study = spec.load(file)
-    return _Opened(study, grid.of_study(study, say), store or Path("runs") / study.name)
+    return _Opened(study, grid.of_study(study, say), _folder(study.name, store))
 
 
-def _answer(store: Any, study: str, sql: str, as_json: bool) -> None:
+def _folder(name: str, store: Path | None) -> Path:
+    return store or Path("runs") / name
+
+
+def _answer(file: Path, store: Path | None, sql: str, as_json: bool) -> None:
     """Print what DuckDB answers, as columns or as a JSON list of rows."""
     from lowbit.cli.columns import print_columns
     from lowbit.report.text import MISSING
+    from lowbit.study import spec
     from lowbit.study.query import query
+    from lowbit.study.store import Store
 
-    table = query(store, study, sql)
+    name = spec.load(file).name
+    with Store(_folder(name, store), create=False) as held:
+        table = query(held, name, sql)
     rows = table.to_pylist()
     if as_json:
         emit(rows)
         return
-    words = [name for name in table.column_names if rows and any(isinstance(row[name], str) for row in rows)]
+    words = [column for column in table.column_names if any(isinstance(row[column], str) for row in rows)]
     spelled = [[MISSING if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()]
                for row in rows]  # fmt: skip
     print_columns(table.column_names, spelled, words)

@@ -1,6 +1,6 @@
 """Start-up: wall seconds of ``import lowbit`` and of ``lowbit --help``, medians of fresh processes.
 
-    python benchmarks/startup.py --reps 9
+python benchmarks/startup.py --reps 9
 """
 
 from __future__ import annotations

@@ -52,6 +52,11 @@ class Bars:
         if self._live is not None:
             self._live.stop()
 
+    def begin(self, name: str) -> None:
+        """Show a task of which nothing is known but that it runs; on a terminal only."""
+        if self._live is not None and name not in self._tasks:
+            self._tasks[name] = self._live.add_task(name, total=None, unit="", rate="")
+
     def update(self, name: str, done: int, total: int, unit: str) -> None:
         """Move a bar; several calls a millisecond are fine."""
         now = time.monotonic()
@@ -59,9 +64,8 @@ class Bars:
         rate = seen.rate(done, now)
         text = f"{rate:,.{0 if rate >= 100 else 1}f} {unit}/s" if rate else ""
         if self._live is not None:
-            if name not in self._tasks:
-                self._tasks[name] = self._live.add_task(name, total=total, unit=unit, rate="")
-            self._live.update(self._tasks[name], completed=done, total=total, rate=text)
+            self.begin(name)
+            self._live.update(self._tasks[name], completed=done, total=total, unit=unit, rate=text)
         elif now - seen.printed >= _EVERY_S or (done >= total and now - seen.started >= _LEAST_S):
             seen.printed = now
             parts = [f"{name}: {done:,} of {total:,} {unit}", *([text] if text else [])]

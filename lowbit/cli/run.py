@@ -24,6 +24,8 @@ def run_grids(folder: Path, name: str, spec: Mapping[str, Any], grids: Sequence[
         def show(event: engine.Event) -> None:
             label = event.cell.label
             match event:
+                case engine.CellStarted():
+                    bars.begin(label)
                 case engine.CellProgress(_, p):
                     bars.update(label, p.done, p.total, p.unit)
                 case engine.CellDone(_, seconds):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,8 +42,8 @@ class Rates:
         a, b = torch.randn(512, 768), torch.randn(768, 768)
         x = torch.randn(1 << 20)
         return cls(
-            _rate(lambda: a @ b, 2 * 512 * 768 * 768),
-            _rate(lambda: x.mul(1.5).round_(), 2 * 8 * x.numel()),
+            _rate(lambda: a @ b, 2.0 * 512 * 768 * 768),
+            _rate(lambda: x.mul(1.5).round_(), 2.0 * 8 * x.numel()),
             int(psutil.Process().memory_info().rss),
         )  # fmt: skip
 
@@ -188,9 +189,8 @@ def _rounding(site: Site, treatment: Treatment, rates: Rates) -> float:
     return (passes.encode + passes.loop) * per_pass + loop
 
 
-def _rate(work: object, amount: float) -> float:
-    """The best of a few timings of a callable."""
-    assert callable(work)
+def _rate(work: Callable[[], object], amount: float) -> float:
+    """An amount of work a second, by the best of the timings that a tenth of a second has room for."""
     work()
     best = math.inf
     stop = time.perf_counter() + 0.1

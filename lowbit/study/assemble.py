@@ -133,9 +133,10 @@ def _flips(tokens: Tokens, tokenizer: Any) -> tuple[view.FlipRow, ...]:
 def _piece(tokenizer: Any, before: Sequence[int], token: int) -> str:
     """What a token adds to a text; alone, some tokenizers would decode it without its space."""
     context, whole = tokenizer.decode(before), tokenizer.decode([*before, token])
-    if len(whole) > len(context) and whole.startswith(context):
-        return str(whole.removeprefix(context))
-    return str(tokenizer.convert_ids_to_tokens(token))  # a part of a character
+    piece: str = whole[len(context) :]
+    if not piece or not whole.startswith(context) or "\N{REPLACEMENT CHARACTER}" in piece:
+        return str(tokenizer.convert_ids_to_tokens(token))  # a part of a character
+    return piece
 
 
 def _edges(tokens: Tokens) -> list[int]:
@@ -188,7 +189,9 @@ def _calibrated(entry: Entry) -> bool:
 def _spell(calibration: Mapping[str, Any]) -> str:
     c = calibration
     drawn = "the first" if c["seed"] is None else f"seed {c['seed']}"
-    return f"{c['text']}, {c['samples']} windows of {c['length']} tokens, {drawn}, {c['propagate']} propagated"
+    return (
+        f"{Path(c['text']).name}, {c['samples']} windows of {c['length']} tokens, {drawn}, {c['propagate']} propagated"
+    )
 
 
 def _spell_rule(rule: Mapping[str, Any]) -> str:

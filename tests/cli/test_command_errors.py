@@ -24,7 +24,7 @@ STUDY = 'name = "s"\nmodels = ["{model}"]\nrecipes = ["rtn:int4-g32"]\n'
         ("gtpq:int4-g32", "did you mean 'gptq'"),
         ("gptq:int4-g32x", "did you mean 'int4-g32'"),
         ("gptq:int4-g32,dmp=0.1", "did you mean 'damp'"),
-        ("gptq:int4-g32,damp=high", "is a float"),
+        ("gptq:int4-g32,damp=high", "of type float"),
         ("int4-g32", "not METHOD:FORMAT"),
         ("nowhere.toml", "nowhere.toml: does not exist"),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import quantize
+from whole_runs import quantize
 
 
 @pytest.fixture(scope="session")

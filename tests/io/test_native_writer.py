@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from runs import LINE, quantize
 from safetensors import safe_open
 from tiny import family_model, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from whole_runs import LINE, quantize
 
 import lowbit
 from lowbit.errors import CheckpointError, StorageError

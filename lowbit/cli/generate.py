@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -20,6 +20,10 @@ def generate(
     ] = False,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    kernels: Annotated[
+        Literal["auto", "reference", "dense"],
+        typer.Option("--kernels", help="dense decodes all weights once: faster, with the memory of the original."),
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Generate text; a chat template is applied when the model has one."""
@@ -35,7 +39,7 @@ def generate(
 
     path = locate(model, say)
     kind = torch_dtype(dtype)
-    loaded: Any = load(path, dtype=kind) if native.is_native(path) else dense_model(path, dtype)
+    loaded: Any = load(path, dtype=kind, kernels=kernels) if native.is_native(path) else dense_model(path, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -39,9 +39,13 @@ class Stat(ABC):
 
 
 class Gram(Stat):
-    """The sum of ``x xᵀ``: every quadratic error of a linear follows from it. Cost tokens * in² a chunk."""
+    """The sum of ``x xᵀ``: every quadratic error of a linear follows from it. Cost tokens * in² a chunk.
+
+    16-bit inputs on a GPU are multiplied as they are, which is exact, and added up in float32.
+    """
 
     _PANEL: ClassVar[int] = 96  # columns computed at a time; only panels at or above the diagonal are
+    _GPU_PANEL: ClassVar[int] = 1024
 
     def __init__(self, n_in: int, device: torch.device | str = "cpu") -> None:
         self.tokens = 0
@@ -54,11 +58,17 @@ class Gram(Stat):
 
     def update(self, x: Float[Tensor, "tokens in"]) -> None:
         self.memo.clear()
-        x = x.to(torch.float32)
-        n = x.shape[1]
-        for start in range(0, n, self._PANEL):
-            stop = min(start + self._PANEL, n)
-            self._upper[start:stop, start:].addmm_(x[:, start:stop].t(), x[:, start:])
+        n, gpu = x.shape[1], x.is_cuda
+        short = gpu and x.dtype in (torch.bfloat16, torch.float16)
+        x = x.to(torch.bfloat16).to(torch.float32)
+        panel = self._GPU_PANEL if gpu else self._PANEL
+        for start in range(0, n, panel):
+            stop = min(start + panel, n)
+            total, left, right = self._upper[start:stop, start:], x[:, start:stop].t(), x[:, start:]
+            if short:
+                total += torch.mm(left, right, out_dtype=torch.float32)
+            else:
+                total.addmm_(left, right)
         self.tokens += x.shape[0]
 
     def merge(self, other: Stat) -> None:

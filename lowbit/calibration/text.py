@@ -21,6 +21,7 @@ from lowbit.errors import CalibrationError
 
 Role = Literal["calibration", "evaluation"]
 DEFAULT = "pydoc"
+SYNTHETIC = ("self", "random")  # names of calibration without text (synthetic.py); a file so called is ./self
 _PASSAGE = 80  # characters of a paragraph that make it more than a phrase
 
 
@@ -38,7 +39,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token windows of one length cut from a text, and where they came from."""
+    """Token windows of one length, and the text or the generator (``self``, ``random``) that they came from."""
 
     ids: Int[Tensor, "windows length"]
     text: str
@@ -52,9 +53,15 @@ class Tokens:
 
 
 def read(name: str, role: Role) -> Text:
-    """The text of a file, or of the built-in name ``pydoc`` in its role."""
+    """The text of a file, or of the built-in name ``pydoc`` in its role. Raises CalibrationError for any other."""
     if name == DEFAULT:
         return Text(f"{DEFAULT}:{role}", _pydoc(role))
+    if name in SYNTHETIC:
+        raise CalibrationError(
+            f"{name!r} is no text: its tokens are made, for calibration", where=name,
+            why="a model that is judged by its own text is judged by what it already says",
+            fix=f"a UTF-8 file, or {DEFAULT!r}; a file of this name is ./{name}",
+        )  # fmt: skip
     path = Path(name).expanduser()
     try:
         return Text(path.name, path.read_text(encoding="utf-8"))

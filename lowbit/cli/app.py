@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 import lowbit
-from lowbit.cli import compare, doctor, generate, inspect, plan, quantize, study
+from lowbit.cli import card, compare, doctor, generate, inspect, plan, quantize, sensitivity, study
 
 app = typer.Typer(
     name="lowbit",
@@ -35,7 +35,9 @@ def _main(
 app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
 app.command("quantize")(quantize.quantize)
+app.command("card")(card.card)
 app.command("compare")(compare.compare)
+app.command("sensitivity")(sensitivity.sensitivity)
 app.command("generate")(generate.generate)
 app.command("doctor")(doctor.doctor)
 app.add_typer(study.app, name="study")

@@ -24,6 +24,10 @@ def generate(
         Literal["auto", "reference", "dense"],
         typer.Option("--kernels", help="dense decodes all weights once: faster, with the memory of the original."),
     ] = "auto",
+    kv: Annotated[
+        str | None,
+        typer.Option("--kv", metavar="FORMAT", help="Keys and values in few bits (int4-head); default: as OUT says."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Generate text; a chat template is applied when the model has one."""
@@ -32,11 +36,14 @@ def generate(
     from transformers import AutoTokenizer, TextStreamer
 
     from lowbit.errors import ModelError, RecipeError
+    from lowbit.formats.heads import CacheFormat
     from lowbit.io import native
     from lowbit.models.resolve import locate
-    from lowbit.runtime.facade import load
+    from lowbit.runtime.facade import cache_format, load
+    from lowbit.runtime.kvcache import KVCache
     from lowbit.study.stages import dense_model, torch_dtype
 
+    asked = None if kv is None else CacheFormat.parse(kv)
     path = locate(model, say)
     kind = torch_dtype(dtype)
     loaded: Any = load(path, dtype=kind, kernels=kernels) if native.is_native(path) else dense_model(path, dtype)
@@ -59,18 +66,25 @@ def generate(
             else f"{given} tokens of prompt and {tokens} new ones, the model reads at most {longest}", where=model,
             fix="a prompt" if given == 0 else f"a shorter prompt, or -n {max(longest - given, 1)}",
         )  # fmt: skip
+    rounding = asked or cache_format(loaded)
+    cache = None if rounding is None else KVCache(loaded.config, rounding)
     torch.manual_seed(seed or 0)
     started = time.perf_counter()
     with torch.inference_mode():
         ids = loaded.generate(
-            **inputs, max_new_tokens=tokens, do_sample=temperature > 0, temperature=temperature or None,
+            **inputs, past_key_values=cache, max_new_tokens=tokens,
+            do_sample=temperature > 0, temperature=temperature or None,
             streamer=None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )  # fmt: skip
     seconds = time.perf_counter() - started
     made = ids.shape[1] - given
     if as_json:
         text = tokenizer.decode(ids[0, given:], skip_special_tokens=True)
-        emit({"text": text, "tokens": made, "seconds": seconds, "tokens_per_second": made / seconds})
+        emit({
+            "text": text, "tokens": made, "seconds": seconds, "tokens_per_second": made / seconds,
+            "kv": None if rounding is None else str(rounding), "kv_bytes": None if cache is None else cache.nbytes,
+        })  # fmt: skip
     else:
         rate = f"{made / seconds:.1f} tokens/s, reading the prompt included"
-        say(f"{made} tokens in {seconds:.1f} s ({rate}, {str(kind).removeprefix('torch.')})")
+        held = "" if cache is None else f", keys and values in {cache.nbytes / 1e6:.2f} MB of {rounding}"
+        say(f"{made} tokens in {seconds:.1f} s ({rate}, {str(kind).removeprefix('torch.')}{held})")

@@ -31,6 +31,7 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option("--dtype", help="Of forward passes; auto is what this processor multiplies fastest."),
 ]
+Device = Annotated[str, typer.Option("--device", help="Where it runs: cpu, cuda, cuda:1.")]
 Style = Annotated[
     Literal["auto", "plain", "md"],
     typer.Option("-o", "--output", help="How the table is printed; md pastes into an issue."),

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch.nn.functional import linear
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from lowbit.arrays import Float, Int, Tensor
 from lowbit.errors import ModelError
+from lowbit.formats.heads import CacheFormat
 from lowbit.models.source import Source
+from lowbit.runtime.kvcache import KVCache
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,10 @@ class Head:
 
         Raises ModelError for a model whose logits are not made this way.
         """
-        head = cls.unchecked(model)
-        read: list[Tensor] = []
-        seen = model.base_model.register_forward_hook(lambda _module, _args, out: read.append(out.last_hidden_state))
-        try:
-            with torch.inference_mode():
-                own = model(input_ids=sample.to(model.device), use_cache=False).logits.to(torch.float32)
-                ours = head(read[0].reshape(-1, head.weight.shape[1])).view(own.shape)
-        finally:
-            seen.remove()
+        head, sample = cls.unchecked(model), sample.to(model.device)
+        with torch.inference_mode():
+            own = model(input_ids=sample, use_cache=False).logits.to(torch.float32)
+            ours = head(final_hidden(model, sample).flatten(0, 1)).view(own.shape)
         if float((own - ours).abs().max()) > 1e-2 * float(own.abs().max().clamp_min(1.0)):
             raise ModelError(
                 "its logits are not a linear map of its final hidden states", where=type(model).__name__,
@@ -79,7 +76,23 @@ def _cap_and_scale(config: Any) -> tuple[float | None, float]:
     return getattr(text, "final_logit_softcapping", None), scale / (getattr(text, "logits_scaling", None) or 1.0)
 
 
-def final_hidden(model: PreTrainedModel, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length d"]:
-    """Hidden states after the final norm, what the head reads."""
-    states: Tensor = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    return states
+def final_hidden(
+    model: PreTrainedModel,
+    tokens: Int[Tensor, "batch length"],
+    chunk: int | None = None,
+    kv: CacheFormat | None = None,
+) -> Float[Tensor, "batch length d"]:
+    """Hidden states after the final norm, what the head reads.
+
+    In one pass, or through the cache, ``chunk`` tokens at a time (1: token by token, as in decoding), with keys and
+    values rounded where ``kv`` says how. Raises ModelError for a model whose cache cannot be rounded.
+    """
+    if chunk is None:
+        whole: Tensor = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        return whole
+    cache = DynamicCache(config=model.config) if kv is None else KVCache(model.config, kv, mirror=True)
+    states = [
+        model.base_model(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state
+        for part in tokens.split(chunk, dim=1)
+    ]
+    return torch.cat(states, dim=1)

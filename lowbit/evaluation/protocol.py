@@ -3,6 +3,7 @@
 windows-1024         non-overlapping windows of 1024; every token but a window's first is scored
 llamacpp-512         non-overlapping windows; only the second half is scored, as llama.cpp does
 sliding-1024-512     windows of 1024 advanced by 512; only tokens not scored before are, the first window whole
+.../chunk-64         run through the cache, 64 tokens at a time, as a rounded cache must be; chunk-1 as in decoding
 """
 
 from __future__ import annotations
@@ -40,14 +41,20 @@ class Windows:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How windows are cut; ``str`` is its one spelling."""
+    """How windows are cut, and run (in one pass, or in chunks); ``str`` is its one spelling."""
 
     kind: str
     length: int
     stride: int
+    chunk: int | None = None
+
+    @property
+    def cutting(self) -> str:
+        """The spelling of the windows alone."""
+        return f"sliding-{self.length}-{self.stride}" if self.kind == "sliding" else f"{self.kind}-{self.length}"
 
     def __str__(self) -> str:
-        return f"sliding-{self.length}-{self.stride}" if self.kind == "sliding" else f"{self.kind}-{self.length}"
+        return in_chunks(self.cutting, self.chunk)
 
     def cut(self, ids: Int[Tensor, "tokens"], limit: int | None, text: str, text_digest: str) -> Windows:
         """The windows of a tokenized text, at most ``limit``; a last partial window is left out.
@@ -63,7 +70,7 @@ class Protocol:
         starts = starts[:limit]
         first = [self._first(i) for i in range(len(starts))]
         cut = torch.stack([ids[s : s + self.length] for s in starts])
-        return Windows(cut, torch.tensor(first), str(self), text, text_digest)
+        return Windows(cut, torch.tensor(first), self.cutting, text, text_digest)
 
     def _first(self, i: int) -> int:
         if self.kind == "llamacpp":
@@ -73,12 +80,17 @@ class Protocol:
 
 def parse(text: str) -> Protocol:
     """A protocol from its spelling; raises RecipeError."""
-    if match := re.fullmatch(r"(windows|llamacpp)-(\d+)", text):
-        length = int(match[2])
-        if length >= 4:
-            return Protocol(match[1], length, length)
-    if match := re.fullmatch(r"sliding-(\d+)-(\d+)", text):
-        length, stride = int(match[1]), int(match[2])
+    if match := re.fullmatch(r"(?:(windows|llamacpp)-(\d+)|sliding-(\d+)-(\d+))(?:/chunk-([1-9]\d*))?", text):
+        chunk = int(match[5]) if match[5] else None
+        length = int(match[2] or match[3])
+        stride = int(match[4]) if match[4] else length
         if length >= 4 and 0 < stride <= length:
-            return Protocol("sliding", length, stride)
-    raise RecipeError(f"unknown protocol {text!r}", fix="windows-1024, llamacpp-512 or sliding-1024-512")
+            return Protocol(match[1] or "sliding", length, stride, chunk)
+    raise RecipeError(
+        f"unknown protocol {text!r}", fix="windows-1024, llamacpp-512, sliding-1024-512, or windows-1024/chunk-64"
+    )
+
+
+def in_chunks(protocol: str, chunk: int | None) -> str:
+    """The spelling of a protocol whose windows are run in chunks."""
+    return protocol if chunk is None else f"{protocol}/chunk-{chunk}"

@@ -21,26 +21,45 @@ from lowbit.errors import EvidenceError
 from lowbit.evaluation.evidence import Provenance, Reference, empty_columns
 from lowbit.evaluation.head import Head, final_hidden
 from lowbit.evaluation.metrics.base import Tokens
-from lowbit.evaluation.protocol import Windows
+from lowbit.evaluation.protocol import Windows, in_chunks
+from lowbit.formats.heads import CacheFormat
 from lowbit.runtime.linear import QLinear
 
 ROWS = 128  # positions projected to the vocabulary at a time
 
 
 class Scorer:
-    """A model ready to be scored. ``weights`` is the digest of its bytes; names do not enter its identity."""
+    """A model ready to be scored. ``weights`` is the digest of its bytes; names do not enter its identity.
 
-    def __init__(self, model: PreTrainedModel, weights: str, *, batch: int = 1) -> None:
-        self.model, self.weights, self.batch = model.eval(), weights, batch
+    With ``chunk``, windows are run through the cache, so many tokens at a time; ``kv`` says how keys and values are
+    rounded in it. Raises EvidenceError for a KV format without a chunk, and a chunk below 1.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, weights: str, *,
+        batch: int = 1, kv: CacheFormat | None = None, chunk: int | None = None,
+    ) -> None:  # fmt: skip
+        if kv is not None and chunk is None:
+            raise EvidenceError(
+                "a KV format without a chunk", where=str(kv), why="in one pass over a window no cache is ever read",
+                fix="chunk=64, or a protocol such as windows-1024/chunk-64",
+            )  # fmt: skip
+        if chunk is not None and chunk < 1:
+            raise EvidenceError(f"a chunk of {chunk} tokens", fix="chunk=1 runs token by token")
+        self.model, self.weights, self.batch, self.kv, self.chunk = model.eval(), weights, batch, kv, chunk
         self._checked = False
 
     @property
     def identity(self) -> str:
-        """Digest of everything that can change a number: weights, dtype, kernels, attention, device, batch."""
-        policies = sorted({m.policy for m in self.model.modules() if isinstance(m, QLinear)})
+        """Digest of all that can change a number: weights, dtype, kernels, attention, device, batch, cache, inputs."""
+        linears = [m for m in self.model.modules() if isinstance(m, QLinear)]
+        policies = sorted({m.policy for m in linears})
+        rounding = sorted({m.input.format.name for m in linears if m.input is not None})
         attention = self.model.config._attn_implementation
         device, dtype = str(self.model.device), str(self.model.dtype)
-        return digest.of_value([self.weights, dtype, policies, attention, device, self.batch, torch.__version__])
+        kv = None if self.kv is None else str(self.kv)
+        run = [policies, rounding, attention, device, self.batch, kv, self.chunk, torch.__version__]
+        return digest.of_value([self.weights, dtype, run])
 
     @torch.inference_mode()
     def reference(self, windows: Windows, on_tokens: Callable[[int], None] = lambda _: None) -> Reference:
@@ -121,7 +140,7 @@ class Scorer:
         for start in range(0, len(order), self.batch):
             rows = order[start : start + self.batch]
             ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-            hidden = final_hidden(self.model, ids.to(self.model.device))
+            hidden = self._final(ids)
             for row, h in zip(rows, hidden, strict=True):
                 for i in inputs[row]:
                     context, continuation = sequences[i]
@@ -141,17 +160,20 @@ class Scorer:
         done, length = 0, windows.ids.shape[1]
         for start in range(0, len(windows.ids), self.batch):
             ids = windows.ids[start : start + self.batch]
-            hidden = final_hidden(self.model, ids.to(self.model.device))
+            hidden = self._final(ids)
             for row, h, first in zip(ids, hidden, windows.first[start : start + self.batch].tolist(), strict=True):
                 for at in range(first, length, ROWS):
                     stop = min(at + ROWS, length)
                     yield _Rows(slice(done, done + stop - at), h[at - 1 : stop - 1], row[at:stop])
                     done += stop - at
 
+    def _final(self, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length d"]:
+        return final_hidden(self.model, ids.to(self.model.device), self.chunk, self.kv)
+
     def _provenance(self, windows: Windows, reference: str) -> Provenance:
         return Provenance(
-            self.identity, reference, windows.digest, windows.protocol, windows.text, windows.text_digest,
-            str(self.model.dtype).removeprefix("torch."),
+            self.identity, reference, windows.digest, in_chunks(windows.protocol, self.chunk), windows.text,
+            windows.text_digest, str(self.model.dtype).removeprefix("torch."),
         )  # fmt: skip
 
 

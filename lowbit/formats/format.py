@@ -2,7 +2,7 @@
 
 Four pure steps, so that a method is generic over formats (and a format over methods):
 
-    fit(w, importance)        -> Params     the scale and zero of every block, as they will be stored
+    fit(w, importance, ...)   -> Params     the scale and zero of every block, as they will be stored
     snap(values, step, zero)  -> Snapped    the nearest codes and the values they decode to
     encode(w, params)         -> QTensor    nearest codes for a whole matrix, packed
     assemble(codes, params)   -> QTensor    codes chosen elsewhere (GPTQ), packed
@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from lowbit.arrays import Float, Matrix, Tensor
 from lowbit.errors import FormatError
 from lowbit.formats.blocks import Block
-from lowbit.formats.grids import Grid, IntGrid, Table
+from lowbit.formats.clip import Cost, Ends, Importance, chunks, search
+from lowbit.formats.grids import Codebook, Grid, IntGrid, Quantile, Table
 from lowbit.formats.pack import Codes, Whole
 from lowbit.formats.qtensor import Affine, Lookup, QTensor, Raw, Sum
+from lowbit.formats.snap import Snapped, Snapper, divisible, integer_snapper, snap_integer, snap_table, table_snapper
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,14 @@ class Params:
     """The fitted parameters of a matrix's blocks.
 
     ``scale`` is what will be stored (None: the grid is absolute); ``step`` is its decoded value, so that codes are
-    chosen for the scale that a reader will see; ``zero`` holds integer zero points (asymmetric grids).
+    chosen for the scale that a reader will see; ``zero`` holds zero points as stored (asymmetric grids); ``table`` the
+    values of a grid that is estimated from the weight.
     """
 
     scale: QTensor | None
     step: Float[Tensor, "rows columns"]
     zero: Float[Tensor, "rows columns"] | None
-
-
-class Snapped(NamedTuple):
-    codes: Tensor
-    values: Tensor
-
-
-Snapper = Callable[[Tensor, int, Tensor, Tensor], None]
-"""``(values, block, codes, out)``: writes the codes of ``values``, and what they decode to, on block row ``block``."""
+    table: Float[Tensor, "levels"] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,54 +58,84 @@ class Format:
     grid: Grid
     block: Block
     scale: Stored | Format | None
+    zero: Stored | None = None  # asymmetric grids: None stores whole zeros in the codes' own bits, else any number
     centred: bool = False  # the mean is subtracted first and stored apart (double quantization)
     least_clip_steps: int = 0  # grids that min-max serves badly (ternary) are always searched
 
-    def fit(self, w: Matrix, importance: Float[Tensor, "in"] | None = None, clip_steps: int = 0) -> Params:
-        """Block parameters by min-max, or by a search over ``clip_steps`` smaller ranges.
+    def fit(
+        self,
+        w: Matrix,
+        importance: Float[Tensor, "in"] | Float[Tensor, "in in"] | None = None,
+        clip_steps: int = 0,
+        ranges: tuple[Float[Tensor, "rows columns"], Float[Tensor, "rows columns"]] | None = None,
+        ends: Ends = "together",
+    ) -> Params:
+        """Block parameters by min-max, by a search over ``clip_steps`` smaller ranges, or for ``ranges`` (low, high).
 
-        The search keeps, block by block, the range with the least squared error, each column weighted by
-        ``importance`` (the mean square of its inputs) when given; min-max is among them. Where a scale is coded
-        together with others (``nvfp4``, ``nf4-dq``) it is searched as if a few rows were the whole matrix, so that the
-        error of one block may come out slightly above the least. Asymmetric ranges always include zero, so that
-        one-sided blocks survive. Cost O(out * in * (1 + clip_steps)). Raises FormatError for values, or scales as
-        stored, that are not finite.
+        The search keeps, block by block, the range with the least error d = Q(w) - w, min-max among them: ``d dᵀ``, or
+        with each column weighted by ``importance`` (the mean square of its inputs), or ``d G dᵀ`` when that is the
+        Gram matrix of the inputs: the block's own output error (AWQ, arXiv 2306.00978; blocks along rows only). Both
+        ends of a range shrink by one factor; ``ends="apart"`` searches each for itself as well, where the grid is
+        asymmetric, and never ends with a larger error. Where a scale is coded together with others (``nvfp4``,
+        ``nf4-dq``) it is searched as if a few rows were the whole matrix, so that the error of one block may come out
+        slightly above the least. Ranges, given ones too, always include zero, so that one-sided blocks survive.
+
+        Cost O(out * in) an evaluation, times n for a Gram matrix and blocks of n; ``1 + clip_steps`` evaluations, five
+        times as many for ends apart. Raises FormatError for values, or scales as stored, that are not finite, and for
+        ``ranges`` or ``importance`` of another shape.
         """
-        self.check(tuple(w.shape))
+        shape = tuple(w.shape)
+        self.check(shape)
         blocks = self.block.split(w)  # (rows, columns, n)
-        low, high = blocks.amin(-1).clamp_(max=0), blocks.amax(-1).clamp_(min=0)
+        low, high = (blocks.amin(-1), blocks.amax(-1)) if ranges is None else ranges
+        if low.shape != blocks.shape[:2] or high.shape != low.shape:
+            found = f"ranges of shapes {tuple(low.shape)} and {tuple(high.shape)}"
+            raise FormatError(f"{found} for {tuple(blocks.shape[:2])} blocks", where=self.name)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        table = None
+        if isinstance(self.grid, Quantile):
+            step = self.block.spread(divisible(self._params(low, high).step), shape)
+            table = self.grid.estimate((w / step).clamp_(-1, 1))
         clip_steps = max(clip_steps, self.least_clip_steps)
-        if clip_steps:
-            shrink = _search_clip(self, blocks, low, high, self._weights(importance, tuple(w.shape)), clip_steps)
-            low, high = low * shrink, high * shrink
-        return self._params(low, high)
+        if clip_steps and ranges is None:
+            weights = Importance.of(importance, self.block, w)
+            low, high = search(
+                low, high, _factors(self, clip_steps), functools.partial(_cost, self, blocks, weights, table),
+                chunks(blocks), ends == "apart" and self.asymmetric,
+            )  # fmt: skip
+        return self._params(low, high, table)
 
-    def snap(self, values: Tensor, step: Tensor, zero: Tensor | None) -> Snapped:
+    @property
+    def asymmetric(self) -> bool:
+        """Whether blocks have a zero point beside their scale."""
+        return isinstance(self.grid, IntGrid) and not self.grid.symmetric
+
+    def snap(self, values: Tensor, step: Tensor, zero: Tensor | None, table: Tensor | None = None) -> Snapped:
         """Nearest codes and their values; ``step`` and ``zero`` broadcast against ``values``. Cost O(values).
 
-        Tables multiply by the reciprocal of the step, as bitsandbytes does, so that codes agree bit for bit.
+        Raises FormatError where the grid is estimated from the weight and no ``table`` is given.
         """
         if isinstance(self.grid, IntGrid):
-            shift = zero if zero is not None else float(self.grid.offset)
-            codes = torch.round(values / _divisible(step)).add_(shift).clamp_(0, self.grid.levels - 1)
-            return Snapped(codes, (codes - shift) * step)
-        codes = self.grid.nearest(values * _divisible(step).reciprocal())
-        return Snapped(codes, self.grid.lookup(codes) * step)
+            return snap_integer(self.grid, self.zero is None, values, step, zero)
+        return snap_table(self._book(table), values, step)
 
-    def snapper(self, step: Float[Tensor, "blocks n"], zero: Float[Tensor, "blocks n"] | None) -> Snapper:
+    def snapper(
+        self,
+        step: Float[Tensor, "blocks n"],
+        zero: Float[Tensor, "blocks n"] | None,
+        table: Float[Tensor, "levels"] | None = None,
+    ) -> Snapper:
         """``snap`` for a loop over vectors that use one row of ``step`` each; no temporaries for integer grids."""
-        if not isinstance(self.grid, IntGrid):
-            return functools.partial(_snap_table, self.grid, step)
-        shift = torch.full_like(step, self.grid.offset) if zero is None else zero
-        return functools.partial(
-            _snap_integer, self.grid.levels - 1, step.unbind(), _divisible(step).unbind(), shift.unbind()
-        )
+        if isinstance(self.grid, IntGrid):
+            return integer_snapper(self.grid, self.zero is None, step, zero)
+        return table_snapper(self._book(table), step)
 
     def encode(self, w: Matrix, params: Params) -> QTensor:
         """Every weight to its nearest code."""
         shape = tuple(w.shape)
         zero = None if params.zero is None else self.block.spread(params.zero, shape)
-        return self.assemble(self.snap(w, self.block.spread(params.step, shape), zero).codes, params)
+        step = self.block.spread(params.step, shape)
+        return self.assemble(self.snap(w, step, zero, params.table).codes, params)
 
     def assemble(self, codes: Whole, params: Params) -> QTensor:
         """The QTensor of given codes and parameters."""
@@ -121,17 +144,23 @@ class Format:
         if isinstance(self.grid, IntGrid):
             if params.scale is None:
                 raise FormatError("an integer grid needs a scale", where=self.name)
-            zero = None if params.zero is None else Codes.of(params.zero.reshape(1, -1), self.grid.levels)
-            return Affine(shape, packed, params.scale, zero, self.block)
-        return Lookup(shape, packed, self.grid.name, params.scale, self.block)
+            return Affine(shape, packed, params.scale, self._stored_zero(params.zero), self.block)
+        if isinstance(self.grid, Table):
+            return Lookup(shape, packed, self.grid.name, params.scale, self.block)
+        if params.table is None:
+            raise self._no_table()
+        return Lookup(shape, packed, params.table.to(torch.float16), params.scale, self.block)
 
     def join(self, columns: list[Params]) -> Params:
         """Parameters fitted apart for consecutive block columns, as one; their scales are stored as they are.
 
-        Raises FormatError for coded scales, which depend on all of a matrix.
+        Raises FormatError for coded scales and estimated tables, which depend on all of a matrix.
         """
-        if not isinstance(self.scale, Stored):
-            raise FormatError("scales that are themselves coded cannot be fitted group by group", where=self.name)
+        if not isinstance(self.scale, Stored) or isinstance(self.grid, Quantile):
+            raise FormatError(
+                "coded scales and estimated tables cannot be fitted group by group", where=self.name,
+                why="they depend on all of a matrix", fix="static groups, or a format with plain scales",
+            )  # fmt: skip
         step = torch.cat([p.step for p in columns], dim=1)
         zeros = [p.zero for p in columns if p.zero is not None]
         return Params(Raw.of(step.to(self.scale.dtype)), step, torch.cat(zeros, dim=1) if zeros else None)
@@ -142,8 +171,12 @@ class Format:
         rows, columns = shape
         blocks = self.block.count(shape)
         total = Codes.nbytes(rows, columns, self.grid.levels)
-        if isinstance(self.grid, IntGrid) and not self.grid.symmetric:
+        if self.asymmetric and self.zero is not None:
+            total += math.prod(blocks) * self.zero.dtype.itemsize
+        elif self.asymmetric:
             total += Codes.nbytes(1, math.prod(blocks), self.grid.levels)
+        elif isinstance(self.grid, Quantile):
+            total += self.grid.levels * torch.float16.itemsize
         if isinstance(self.scale, Stored):
             total += math.prod(blocks) * self.scale.dtype.itemsize
         elif self.scale is not None:
@@ -159,17 +192,38 @@ class Format:
         if len(shape) != 2 or 0 in shape:
             raise FormatError(f"{self.name} needs a matrix, got shape {tuple(shape)}", fix="keep this tensor in 16 bit")
 
-    def _params(self, low: Tensor, high: Tensor) -> Params:
+    def round_zero(self, zero: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        """Zero points as they will be read back: whole and within the codes' range, or rounded to their dtype."""
+        if self.zero is None:
+            return torch.round(zero).clamp_(0, self.grid.levels - 1)
+        return zero.to(self.zero.dtype).to(torch.float32)
+
+    def _params(self, low: Tensor, high: Tensor, table: Tensor | None = None) -> Params:
         """Parameters of ranges that include zero, rounded to how they are stored."""
-        if isinstance(self.grid, IntGrid) and not self.grid.symmetric:
-            scale = (high - low) / (self.grid.levels - 1)
-        else:
-            scale = torch.maximum(high, -low) / self._divisor()
-        stored, step = self._store(scale)
-        if not (isinstance(self.grid, IntGrid) and not self.grid.symmetric):
-            return Params(stored, step, None)
-        zero = torch.round(-low / _divisible(step)).clamp_(0, self.grid.levels - 1)
-        return Params(stored, step, zero)
+        if not self.asymmetric:
+            return Params(*self._store(torch.maximum(high, -low) / self._divisor()), None, table)
+        stored, step = self._store((high - low) / (self.grid.levels - 1))
+        return Params(stored, step, self.round_zero(-low / divisible(step)))
+
+    def _stored_zero(self, zero: Tensor | None) -> Codes | Raw | None:
+        if zero is None:
+            return None
+        if self.zero is None:
+            return Codes.of(zero.reshape(1, -1), self.grid.levels)
+        return Raw.of(zero.to(self.zero.dtype))
+
+    def _book(self, table: Tensor | None) -> Table | Codebook:
+        if isinstance(self.grid, Table):
+            return self.grid
+        if table is None:
+            raise self._no_table()
+        return Codebook.of(table)
+
+    def _no_table(self) -> FormatError:
+        return FormatError(
+            "values that are estimated from the weight were not given", where=self.name,
+            why="this method chooses codes before it knows what they stand for", fix="rtn, or a table such as nf4",
+        )  # fmt: skip
 
     def _divisor(self) -> float:
         """What the largest magnitude of a block is mapped to: OCP's power of two under a power-of-two scale."""
@@ -216,73 +270,34 @@ class Format:
             return coded
         return Sum(coded.shape, (coded, Raw(coded.shape, mean.view(1, 1))))
 
-    def _weights(self, importance: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-        if importance is None:
-            return None
-        if self.block.follows_rows:
-            return self.block.split(importance.view(1, -1))  # (1, columns, n), the same for every row
-        return self.block.split(importance.view(1, -1).expand(shape))
-
 
 def _is_power(scale: Stored | Format | None) -> bool:
     """Whether scales are powers of two, kept as exponents alone."""
     return isinstance(scale, Format) and scale.scale is None
 
 
-def _divisible(step: Tensor) -> Tensor:
-    """Steps that can be divided by: one where a block is all zeros, or so small that a reciprocal would overflow."""
-    return step + (step.abs() < torch.finfo(torch.float32).tiny)
+def _factors(fmt: Format, steps: int) -> list[float]:
+    """What a search multiplies ranges by: ``steps`` in (0.4, 1]; for power-of-two scales, which round too, three."""
+    return [1.0, 2.0, 0.5] if _is_power(fmt.scale) else [1 - 0.6 * i / steps for i in range(steps)]
 
 
-def _snap_integer(
-    top: int, step: Sequence[Tensor], divisor: Sequence[Tensor], shift: Sequence[Tensor],
-    values: Tensor, block: int, codes: Tensor, out: Tensor,
-) -> None:  # fmt: skip
-    torch.div(values, divisor[block], out=codes).round_().add_(shift[block]).clamp_(0, top)
-    torch.sub(codes, shift[block], out=out).mul_(step[block])
+def _cost(fmt: Format, blocks: Tensor, weights: Importance, table: Tensor | None, rows: slice) -> Cost:
+    """The error of some block rows as a function of their ranges, computed in units of the step."""
+    chunk = blocks[rows]
+    scratch = torch.empty_like(chunk)
 
+    def cost(low: Tensor, high: Tensor) -> Tensor:
+        params = fmt._params(low, high)
+        scaled = chunk * divisible(params.step).reciprocal().unsqueeze(-1)
+        if isinstance(fmt.grid, IntGrid):
+            zero = (torch.full_like(params.step, fmt.grid.offset) if params.zero is None else params.zero).unsqueeze(-1)
+            top = fmt.grid.levels - 1
+            if fmt.zero is None:
+                torch.clamp(scaled, -zero, top - zero, out=scratch).round_()
+            else:
+                torch.add(scaled, zero, out=scratch).clamp_(0, top).round_().sub_(zero)
+        else:
+            scratch.copy_(fmt._book(table).round(scaled))
+        return weights.cost(scratch.sub_(scaled), rows) * params.step.square()
 
-def _snap_table(grid: Table, step: Tensor, values: Tensor, block: int, codes: Tensor, out: Tensor) -> None:
-    nearest = grid.nearest(values * _divisible(step[block]).reciprocal())
-    codes.copy_(nearest)
-    torch.mul(grid.lookup(nearest), step[block], out=out)
-
-
-_CHUNK = 1 << 18  # elements: bounds the temporaries of a search step to a few MB
-
-
-def _search_clip(
-    fmt: Format, blocks: Tensor, low: Tensor, high: Tensor, weights: Tensor | None, steps: int
-) -> Float[Tensor, "rows columns"]:
-    """The factor by which each block's range should shrink for the least squared error.
-
-    One of ``steps`` in (0.4, 1]; for scales that are powers of two, which others round to, of 2, 1 and 1/2.
-    """
-    factors = [1.0, 2.0, 0.5] if _is_power(fmt.scale) else [1 - 0.6 * i / steps for i in range(steps)]
-    best = torch.ones_like(low)
-    per_chunk = max(1, _CHUNK // (blocks.shape[1] * blocks.shape[2]))
-    for start in range(0, blocks.shape[0], per_chunk):
-        rows = slice(start, start + per_chunk)
-        chunk = blocks[rows]
-        weight = None if weights is None else (weights if weights.shape[0] == 1 else weights[rows])
-        least = torch.full_like(low[rows], math.inf)
-        scratch = torch.empty_like(chunk)
-        for factor in factors:
-            error = _squared_error(fmt, chunk, fmt._params(low[rows] * factor, high[rows] * factor), weight, scratch)
-            better = error < least
-            least = torch.where(better, error, least)
-            best[rows] = torch.where(better, factor, best[rows])
-    return best
-
-
-def _squared_error(fmt: Format, blocks: Tensor, params: Params, weight: Tensor | None, scratch: Tensor) -> Tensor:
-    """Sum over each block of the (weighted) squared error after snapping, computed in units of the step."""
-    step = params.step.unsqueeze(-1)
-    scaled = blocks * _divisible(step).reciprocal()
-    if isinstance(fmt.grid, IntGrid):
-        zero = (torch.full_like(params.step, fmt.grid.offset) if params.zero is None else params.zero).unsqueeze(-1)
-        torch.clamp(scaled, -zero, fmt.grid.levels - 1 - zero, out=scratch).round_()
-    else:
-        scratch.copy_(fmt.grid.round(scaled))
-    scratch.sub_(scaled).square_()
-    return (scratch if weight is None else scratch.mul_(weight)).sum(-1).mul_(params.step.square())
+    return cost

@@ -1,18 +1,31 @@
 """Presets: every format's one spelling, as data.
 
-    int{2..8}-{tensor,row,g32,g64,g128}[-sym]    fp16 scale; asymmetric ones add a zero of the codes' own bits
-    nf4  nf4-dq  fp4  fp4-dq                     bitsandbytes: blocks of 64 along a row, fp32 absmax; -dq codes it
-    fp4-e2m1                                     E2M1, groups of 32, fp16 scale
-    fp8-e4m3  fp8-e5m2                           a fp32 scale a row
-    mxfp4  mxfp8                                 OCP microscaling: groups of 32, power-of-two scale
-    nvfp4                                        E2M1, groups of 16, e4m3 scale, one fp32 scale a tensor
-    ternary                                      -1, 0, 1 in base 3, groups of 128, fp16 scale
+TYPE-BLOCK, with a 16-bit scale a block:
+
+    TYPE     int{2..8}                   integers; a zero of the codes' own bits. -sym: none. -z16: a 16-bit float
+             nf4  af4  fp4               tables made for Gaussians, bitsandbytes' float
+             fp{k}-e{E}m{M}              floats of k = 1 + E + M <= 8 bits
+             dynamic{3..8}               a sign, a decimal exponent, a linear fraction
+             quantile{3..8}              values estimated from each weight and stored with it
+             ternary                     -1, 0, 1 in base 3
+    BLOCK    tensor  row  g{n}           the whole matrix, a row, n weights along a row
+
+and names that have a meaning elsewhere:
+
+    nf4  nf4-dq  fp4  fp4-dq             bitsandbytes: blocks of 64 along a row, fp32 absmax; -dq codes it
+    fp4-e2m1                             E2M1, groups of 32, fp16 scale
+    fp8-e4m3  fp8-e5m2                   a fp32 scale a row
+    mxfp4  mxfp8                         OCP microscaling: groups of 32, power-of-two scale
+    nvfp4                                E2M1, groups of 16, e4m3 scale, one fp32 scale a tensor
+    ternary                              groups of 128
+
+Floats of four exponent bits and more reach so high that their scales would be too small for float16: they have float32.
 
 nf4 and fp4 agree with bitsandbytes bit for bit where a row is a multiple of 64 (its blocks run over the flattened
 weight, these start anew at each row). With -dq the absmax codes, their scale and offset agree too; the 4-bit codes are
 chosen for the absmax that a reader decodes, bitsandbytes' for the exact one, so that about 4 in 1000 differ.
 
-Bits a weight of an asymmetric integer format: b + (16 + b) / group; int4-g128 is 4.15625.
+Bits a weight of an asymmetric integer format: b + (16 + b) / group; int4-g128 is 4.15625; with -z16 b + 32 / group.
 """
 
 from __future__ import annotations
@@ -24,7 +37,7 @@ import torch
 from lowbit.errors import RecipeError, nearest
 from lowbit.formats.blocks import Block
 from lowbit.formats.format import Format, Stored
-from lowbit.formats.grids import IntGrid, Table
+from lowbit.formats.grids import Grid, IntGrid, Quantile, Table
 
 _FP16, _FP32 = Stored(torch.float16), Stored(torch.float32)
 _ROW, _TENSOR = Block("row"), Block("tensor")
@@ -37,6 +50,7 @@ def _group(n: int) -> Block:
 _DOUBLE = Format("dynamic8-flat256", Table("dynamic8"), Block("flat", (256,)), _FP32, centred=True)
 _POWER = Format("e8m0", Table("e8m0"), _TENSOR, None)
 _E4M3 = Format("e4m3-tensor", Table("e4m3"), _TENSOR, _FP32)
+_TERNARY_STEPS = 24
 
 _FIXED = [
     Format("nf4", Table("nf4"), _group(64), _FP32),
@@ -49,7 +63,7 @@ _FIXED = [
     Format("mxfp4", Table("e2m1"), _group(32), _POWER),
     Format("mxfp8", Table("e4m3"), _group(32), _POWER),
     Format("nvfp4", Table("e2m1"), _group(16), _E4M3),
-    Format("ternary", Table("ternary"), _group(128), _FP16, least_clip_steps=24),
+    Format("ternary", Table("ternary"), _group(128), _FP16, least_clip_steps=_TERNARY_STEPS),
 ]
 
 _BLOCKS = {"tensor": _TENSOR, "row": _ROW, "g32": _group(32), "g64": _group(64), "g128": _group(128)}
@@ -61,14 +75,38 @@ PRESETS: dict[str, Format] = {f.name: f for f in _FIXED} | {
     for symmetric, name in ((False, f"int{bits}-{spelling}"), (True, f"int{bits}-{spelling}-sym"))
 }
 
+_SPELLING = re.compile(r"(?P<type>.+?)-(?:(?P<whole>tensor|row)|g(?P<group>[1-9]\d{0,5}))(?:-(?P<zero>sym|z16))?")
+_EXAMPLES = ["int4-g64-z16", "fp4-e3m0-g64", "fp3-e2m0-g64", "nf4-g64", "af4-g64", "dynamic4-g64", "quantile4-g64"]
+
 
 def preset(name: str) -> Format:
-    """The format of a spelling; other group sizes (``int4-g96``) are accepted too.
+    """The format of a spelling: one of ``PRESETS``, or any TYPE-BLOCK.
 
     Raises RecipeError with the nearest known name.
     """
     if name in PRESETS:
         return PRESETS[name]
-    if match := re.fullmatch(r"int([2-8])-g([1-9]\d{0,5})(-sym)?", name):
-        return Format(name, IntGrid(int(match[1]), bool(match[3])), _group(int(match[2])), _FP16)
-    raise RecipeError(f"unknown format {name!r}", fix=nearest(name, PRESETS))
+    if (match := _SPELLING.fullmatch(name)) and (grid := _grid(match["type"], match["zero"])):
+        block = _BLOCKS[match["whole"]] if match["whole"] else _group(int(match["group"]))
+        wide = isinstance(grid, Table) and re.match(r"e[4-7]", grid.name)
+        return Format(
+            name, grid, block, _FP32 if wide else _FP16, zero=_FP16 if match["zero"] == "z16" else None,
+            least_clip_steps=_TERNARY_STEPS if match["type"] == "ternary" else 0,
+        )  # fmt: skip
+    raise RecipeError(f"unknown format {name!r}", fix=nearest(name, [*PRESETS, *_EXAMPLES]))
+
+
+def _grid(kind: str, zero: str | None) -> Grid | None:
+    """The values of a TYPE, if there is one; a zero point is a matter of integers only."""
+    if match := re.fullmatch(r"int([2-8])", kind):
+        return IntGrid(int(match[1]), zero == "sym")
+    if zero:
+        return None
+    if kind in ("nf4", "af4", "fp4", "ternary") or re.fullmatch(r"dynamic[3-8]", kind):
+        return Table(kind)
+    if match := re.fullmatch(r"quantile([3-8])", kind):
+        return Quantile(int(match[1]))
+    if match := re.fullmatch(r"fp([3-8])-e([1-7])m([0-6])", kind):
+        bits, exponent, mantissa = map(int, match.groups())
+        return Table(f"e{exponent}m{mantissa}") if 1 + exponent + mantissa == bits else None
+    return None

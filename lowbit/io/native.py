@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -24,20 +24,20 @@ from torch import nn
 
 from lowbit import digest
 from lowbit.arrays import Tensor
-from lowbit.errors import CheckpointError, ModelError, StorageError
-from lowbit.formats.qtensor import QTensor
-from lowbit.formats.spec import Spec
-from lowbit.io.layout import VERSION, check_parts, header, opened, read_shard, shard_specs, site_specs
+from lowbit.errors import StorageError
+from lowbit.formats.heads import CacheFormat
+from lowbit.io.layout import VERSION, Contents, Settings, contents_of, header, opened, read_shard
+from lowbit.io.reading import MANIFEST, Held, is_native, qtensors, settings, verify
 from lowbit.io.storage import LOCK, Lock, storage, write_json, write_tensors
 from lowbit.models.graph import outside_blocks, stored
 from lowbit.models.source import Source
 from lowbit.models.store import INDEX, read_json
 from lowbit.pipeline.recipe import Recipe
-from lowbit.pipeline.walk import SiteReport
+from lowbit.pipeline.result import Finished
 
-__all__ = ["VERSION", "Writer", "is_native", "qtensors", "site_specs", "verify"]
+__all__ = ["MANIFEST", "VERSION", "Settings", "Writer", "cache_format", "is_native", "qtensors", "settings", "verify"]
 
-MANIFEST, WORK, REST = "lowbit.json", "lowbit-work.json", "lowbit-rest.safetensors"
+WORK, REST = "lowbit-work.json", "lowbit-rest.safetensors"
 _COPIED = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json",
            "generation_config.json", "chat_template*", "*.model")  # fmt: skip
 
@@ -82,16 +82,27 @@ class Writer:
     def has(self, block: str) -> bool:
         return self._shard(block).exists()
 
-    def read(self, block: str) -> dict[str, QTensor]:
-        return dict(read_shard(self._shard(block)))
+    def read(self, block: str) -> Finished:
+        """A block as it was written, without its reports."""
+        held = read_shard(self._shard(block))
+        return Finished(held.codes, held.inputs, held.edited)
 
-    def write(self, block: str, module: nn.Module, codes: Mapping[str, QTensor], reports: list[SiteReport]) -> None:
+    def write(self, block: str, module: nn.Module, done: Finished) -> None:
+        codes, inputs, edited = done.codes, done.inputs, done.edited
         tensors = {f"{site}.weight.{p.path}": p.data.contiguous() for site, q in codes.items() for p in q.parts()}
+        for site, rounding in inputs.items():
+            ends = {"low": rounding.low, "high": rounding.high}
+            tensors |= {f"{site}.input.{end}": value for end, value in ends.items() if value is not None}
+        tensors |= {name: _edited(value) for name, value in edited.items()}
         rest = ((f"{block}.{name}", tensor) for name, tensor in stored(module))
-        tensors |= self._sixteen((name, t) for name, t in rest if name.removesuffix(".weight") not in codes)
+        kept = ((name, t) for name, t in rest if name.removesuffix(".weight") not in codes and name not in edited)
+        tensors |= self._sixteen(kept)
+        contents = Contents(
+            {site: q.spec() for site, q in codes.items()}, {site: i.format for site, i in inputs.items()}, (*edited,)
+        )
         with storage(self.out):
-            write_json(self._shard(block).with_suffix(".json"), [asdict(r) for r in reports])
-            write_tensors(self._shard(block), tensors, header({site: q.spec() for site, q in codes.items()}))
+            write_json(self._shard(block).with_suffix(".json"), [asdict(r) for r in done.reports])
+            write_tensors(self._shard(block), tensors, header(contents))
 
     def finish(self, extra: Mapping[str, Any]) -> Path:
         """Write what belongs to no block, the index, the manifest with ``extra``, and last of all config.json."""
@@ -99,15 +110,15 @@ class Writer:
             return self.out
         rest = self._sixteen(outside_blocks(self.source.skeleton, self.source.blocks))
         with storage(self.out):
-            write_tensors(self.out / REST, rest, header({}))
+            write_tensors(self.out / REST, rest, header(Contents({})))
             blocks = [self._shard(block) for block in self.source.blocks]
             weight_map: dict[str, str] = {}
-            specs: dict[str, Spec] = {}
+            held = Held()
             files: dict[str, dict[str, Any]] = {}
             reports: list[Any] = []
             for path in [*blocks, self.out / REST]:
                 with opened(path) as shard:
-                    specs |= shard_specs(shard.metadata() or {}, path)
+                    held.add(contents_of(shard, path))
                     weight_map |= dict.fromkeys(shard.keys(), path.name)
                 files[path.name] = {"bytes": path.stat().st_size, "sha256": digest.of_file(path)}
             for path in blocks:
@@ -116,7 +127,7 @@ class Writer:
             total = sum(int(entry["bytes"]) for entry in files.values())
             write_json(self.out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
             write_json(self.out / MANIFEST, {**extra, **self.work, "files": files, "sites": reports})
-            write_json(self.out / "config.json", self._config(specs))
+            write_json(self.out / "config.json", self._config(held))
             self._clean()
         self.close()
         return self.out
@@ -176,88 +187,30 @@ class Writer:
                 if path.is_file() and path.suffix not in (".safetensors", ".bin", ".py"):
                     shutil.copyfile(path, self.out / path.name)
 
-    def _config(self, specs: Mapping[str, Spec]) -> dict[str, Any]:
-        grouped: dict[Spec, list[str]] = {}
-        for site, spec in specs.items():
-            grouped.setdefault(spec, []).append(site)
+    def _config(self, held: Held) -> dict[str, Any]:
+        known = {name for name, _ in self.source.skeleton.named_parameters()}
+        added = tuple(sorted(held.edited - known))
+        found = Settings(held.specs, held.inputs, added, cache_format(self.recipe))
         config = json.loads(self.source.config.to_json_string(use_diff=False))
-        config["quantization_config"] = {
-            "quant_method": "lowbit", "version": VERSION, "recipe": self.recipe.line,
-            "formats": [{"spec": spec.to_json(), "sites": sites} for spec, sites in grouped.items()],
-        }  # fmt: skip
+        config["quantization_config"] = {"quant_method": "lowbit", "recipe": self.recipe.line, **found.to_json()}
         return dict(config)
 
 
-def verify(root: Path, contents: bool = True) -> dict[str, Any]:
-    """Check a native checkpoint against its manifest, before anything is allocated; returns the manifest.
-
-    Sizes, headers, index and specs always; every byte's sha256 when ``contents``. Raises CheckpointError naming file
-    and field.
-    """
-    try:
-        manifest = read_json(root / MANIFEST)
-        index, config = read_json(root / INDEX), read_json(root / "config.json")
-    except ModelError as error:
-        raise CheckpointError(error.what, where=error.where, fix="copy the directory again") from error
-    if manifest.get("version") != VERSION:
-        raise CheckpointError(
-            f"version is {manifest.get('version')!r}, this lowbit reads {VERSION}", where=str(root / MANIFEST),
-        )  # fmt: skip
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not all(isinstance(v, dict) for v in files.values()):
-        raise CheckpointError("files is no table", where=str(root / MANIFEST))
-    for name, entry in files.items():
-        path = root / name
-        if "/" in name or name.startswith(".") or not path.is_file():
-            raise CheckpointError(f"the file {name!r} is missing", where=str(root), fix="copy the directory again")
-        if path.stat().st_size != entry.get("bytes"):
-            raise CheckpointError(
-                f"has {path.stat().st_size} bytes, files.{name}.bytes says {entry.get('bytes')}", where=str(path),
-                why="it was cut short or altered", fix="copy it again",
-            )  # fmt: skip
-        if contents and digest.of_file_cached(path) != entry.get("sha256"):
-            raise CheckpointError(
-                f"its bytes do not have files.{name}.sha256", where=str(path), why="it was altered",
-                fix="copy it again, or quantize again",
-            )  # fmt: skip
-    _check_headers(root, list(files), index, config)
-    return manifest
-
-
-def _check_headers(root: Path, files: list[str], index: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Every tensor is where the index says and is what the specs of its shard and of config.json say."""
-    where: dict[str, str] = {}
-    specs: dict[str, Spec] = {}
-    for name in files:
-        path = root / name
-        with opened(path) as shard:
-            where |= dict.fromkeys(shard.keys(), name)
-            for site, spec in shard_specs(shard.metadata() or {}, path).items():
-                specs[site] = spec
-                check_parts(shard, site, spec, path)
-    if index.get("weight_map") != where:
-        raise CheckpointError("weight_map is not what the shards hold", where=str(root / INDEX), fix="copy it again")
-    if site_specs(config.get("quantization_config") or {}, str(root / "config.json")) != specs:
-        raise CheckpointError(
-            "quantization_config.formats is not what the shards hold", where=str(root / "config.json"),
-            fix="copy it again",
-        )  # fmt: skip
-
-
-def is_native(root: Path) -> bool:
-    return (root / MANIFEST).is_file() and (root / "config.json").is_file()
-
-
-def qtensors(root: Path) -> Iterator[tuple[str, QTensor]]:
-    """Every low-bit site of a verified checkpoint with its QTensor, one shard at a time."""
-    for name in verify(root, contents=False)["files"]:
-        yield from read_shard(root / name)
+def cache_format(recipe: Recipe) -> CacheFormat | None:
+    """How the recipe wants keys and values rounded."""
+    kv = recipe.kv
+    return None if kv is None else CacheFormat(kv.key, kv.value, kv.sink, kv.window)
 
 
 def _work_of(path: Path, work: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a manifest or marker that say which work it belongs to."""
     held = read_json(path)
     return {key: held.get(key) for key in work}
+
+
+def _edited(value: Tensor) -> Tensor:
+    """Changed norms and biases keep float32: they are few, and what they undo is exact. Matrices go to 16 bit."""
+    return value.to(torch.float32).contiguous() if value.ndim < 2 else _to_sixteen(value)
 
 
 def _to_sixteen(tensor: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Rtn:
     def __call__(self, w: Weight, stats: Stats, fmt: Format) -> QTensor:
         importance = stats[Moments].mean_square() if self.weighted else None
         clip = max(self.clip, 20) if self.weighted else self.clip
-        return fmt.encode(w.matrix, fmt.fit(w.matrix, importance, clip))
+        return fmt.encode(w.matrix, fmt.fit(w.matrix, importance, clip, w.ranges))
 
 
 METHOD = Rtn

@@ -33,7 +33,7 @@ class Stream:
         recorders = [m for m in self._shell.modules() if isinstance(m, _Recorder)]
         if recorders[0].form.returns_tuple is None:
             recorders[0].probe = self.load(0)
-        with torch.inference_mode():
+        with torch.no_grad():
             self._shell(input_ids=tokens.to(self.device), use_cache=False)
         self._arguments[tuple(tokens.shape)] = [r.arguments for r in recorders]
         hidden = recorders[0].hidden
@@ -53,11 +53,25 @@ class Stream:
 
     def run(self, i: int, block: nn.Module, hidden: Float[Tensor, "batch length d"]) -> Float[Tensor, "batch length d"]:
         """The output of block ``i``; ``hidden`` has a batch shape that was embedded before."""
+        with torch.no_grad():
+            return self.run_with_gradients(i, block, hidden)
+
+    def run_with_gradients(
+        self, i: int, block: nn.Module, hidden: Float[Tensor, "batch length d"]
+    ) -> Float[Tensor, "batch length d"]:
+        """The same, recorded for autograd."""
         call = self._arguments[tuple(hidden.shape[:2])][i]
-        with torch.inference_mode():
-            out = block(hidden.to(self.device), *call.args, **call.kwargs)
+        out = block(hidden.to(self.device), *call.args, **call.kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
+
+    def learn(self, shape: tuple[int, int]) -> None:
+        """Learn what blocks are called with at another (batch, length); the embedding is loaded for it."""
+        if shape not in self._arguments:
+            closed = self._shell is None
+            self.embed(torch.zeros(shape, dtype=torch.int64))
+            if closed:
+                self.close()
 
     def finish(self, hidden: Float[Tensor, "batch length d"]) -> Float[Tensor, "batch length d"]:
         """Final hidden states, what the head reads, from the output of the last block."""
@@ -66,7 +80,7 @@ class Stream:
         last = [m for m in self._shell.modules() if isinstance(m, _Recorder)][-1]
         last.replacement = hidden
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
                 places = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
                 states: Tensor = self._shell(input_ids=places, use_cache=False).last_hidden_state
         finally:

@@ -82,7 +82,7 @@ def audit(source: Source, recipe: Recipe) -> Coverage:
         if tensor.ndim >= 2:
             why = recipe.treatment(name.removesuffix(".weight"))
             kept.append(Kept(name, tensor.numel(), why if isinstance(why, str) else OUTSIDE))
-    if not treated:
+    if not treated and recipe.encoder is not None:
         raise CoverageError("the recipe quantizes nothing", where=recipe.line, fix="fewer overrides with keep")
     total = sum(p.numel() for p in source.skeleton.parameters())
     return Coverage(treated, tuple(kept), total)

@@ -25,7 +25,7 @@ class Lockstep:
 
     def __init__(self, stream: Stream, i: int, block: nn.Module, hidden: Hidden, gates: list[nn.Module]) -> None:
         self._runs = [
-            _Run(lambda batch=batch: stream.run(i, block, hidden.data[batch]))  # type: ignore[misc]
+            _idle().begin(lambda batch=batch: stream.run(i, block, hidden.data[batch]))  # type: ignore[misc]
             for batch in hidden.batches()
         ]
         self._hidden, self._gates = hidden, gates
@@ -46,7 +46,9 @@ class Lockstep:
                 run.step()
             assert run.result is not None  # a run that is done has a result or has raised
             self._hidden.data[batch] = run.result
+            self._hidden.moved = batch.stop
             run.result = None
+        self._hidden.moved = 0
 
     def __enter__(self) -> Lockstep:
         return self
@@ -54,6 +56,7 @@ class Lockstep:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for run in self._runs:
             run.abandon()
+            _IDLE.append(run)
         for handle in self._handles:
             handle.remove()
 
@@ -68,30 +71,37 @@ class _Abandoned(BaseException):
 
 
 class _Run(threading.Thread):
-    """One batch's forward pass, advanced by ``step`` from gate to gate."""
+    """A thread that takes one batch's forward pass after another, advanced by ``step`` from gate to gate."""
 
-    def __init__(self, forward: Callable[[], Tensor]) -> None:
+    def __init__(self) -> None:
         super().__init__(daemon=True)
-        self._forward = forward
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self._given_up = False
+        self._forward: Callable[[], Tensor] | None = None
+        self._under_way = self._given_up = False
         self.at: nn.Module | None = None
         self.x: Tensor | None = None
         self.result: Tensor | None = None
         self.error: BaseException | None = None
-        self.done = False
+        self.done = True
+
+    def begin(self, forward: Callable[[], Tensor]) -> _Run:
+        """Take on a forward pass; it runs when it is stepped."""
+        self._forward, self.done = forward, False
+        self.at = self.x = self.result = self.error = None
+        return self
 
     def run(self) -> None:
-        self._go.acquire()
-        try:
-            if not self._given_up:
+        while True:
+            self._go.acquire()
+            assert self._forward is not None
+            try:
                 self.result = self._forward()
-        except _Abandoned:
-            pass
-        except BaseException as error:  # handed to the driver, which raises it
-            self.error = error
-        self.at, self.done = None, True
-        self._stopped.release()
+            except _Abandoned:
+                pass
+            except BaseException as error:  # handed to the driver, which raises it
+                self.error = error
+            self.at, self.done, self._forward = None, True, None
+            self._stopped.release()
 
     def step(self) -> None:
         """Let it run to its next gate or its end; raises what it raised."""
@@ -99,6 +109,7 @@ class _Run(threading.Thread):
             return
         if self.ident is None:
             self.start()
+        self._under_way = True
         self._go.release()
         self._stopped.acquire()
         if self.error is not None:
@@ -113,10 +124,23 @@ class _Run(threading.Thread):
             raise _Abandoned
 
     def abandon(self) -> None:
-        """Unwind the forward pass where it waits, and wait until the thread is gone."""
-        if self.ident is None:
-            return
-        if not self.done:
+        """Unwind the forward pass where it waits, and hold nothing of it any more."""
+        if self._under_way and not self.done:
             self._given_up = True
             self._go.release()
-        self.join()
+            self._stopped.acquire()
+        self._under_way = self._given_up = False
+        self._forward = self.at = self.x = self.result = self.error = None
+        self.done = True
+
+
+_IDLE: list[_Run] = []
+
+
+def _idle() -> _Run:
+    """A thread without work: one of an earlier block, unless it was lost in a fork, or a new one."""
+    while _IDLE:
+        run = _IDLE.pop()
+        if run.is_alive() or run.ident is None:
+            return run
+    return _Run()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lowbit.arrays import Tensor
 from lowbit.calibration.stats import Stat, Stats
+from lowbit.methods.base import Entry
 from lowbit.models.graph import is_linear, matrix
 from lowbit.models.stream import Stream
 from lowbit.pipeline.spill import Hidden
@@ -28,6 +29,11 @@ class Stage:
     @property
     def sites(self) -> list[str]:
         return [site for shared in self.inputs for site in shared]
+
+    def only(self, sites: Collection[str]) -> Stage | None:
+        """The same with only some sites; None when it has none of them."""
+        inputs = tuple(left for shared in self.inputs if (left := tuple(s for s in shared if s in sites)))
+        return Stage(inputs) if inputs else None
 
 
 def discover(stream: Stream, i: int, block: nn.Module, hidden: Hidden, sites: list[str]) -> list[Stage]:
@@ -60,27 +66,29 @@ def discover(stream: Stream, i: int, block: nn.Module, hidden: Hidden, sites: li
 
 def observe(
     stream: Stream, i: int, block: nn.Module, hidden: Hidden, stages: list[Stage],
-    needs: Mapping[str, frozenset[type[Stat]]],
+    needs: Mapping[str, frozenset[type[Stat]]], entries: Mapping[str, Entry] | None = None,
 ) -> dict[str, Stats]:  # fmt: skip
     """The statistics that the sites of ``stages`` need; linears with a common input share one object.
 
-    When there is one input to watch, a pass ends as soon as it has been seen.
+    Where a linear has another way in (``entries``), they are those of the entered inputs. When there is one input to
+    watch, a pass ends as soon as it has been seen.
     """
     name = stream.source.blocks[i]
-    taps: list[tuple[str, Stats]] = []
+    taps: list[tuple[str, Stats, Entry | None]] = []
     found: dict[str, Stats] = {}
     for stage in stages:
         for shared in stage.inputs:
-            if not any(needs[site] for site in shared):
+            if not any(needs.get(site) for site in shared):
                 continue
-            stats = new_stats(shared, needs, _linear(block, name, shared[0]), stream.device)
-            taps.append((shared[0], stats))
+            entry = (entries or {}).get(shared[0])
+            stats = new_stats(shared, needs, _linear(block, name, shared[0]), stream.device, entry)
+            taps.append((shared[0], stats, entry))
             found |= dict.fromkeys(shared, stats)
     if not taps:
         return found
     handles = [
-        _linear(block, name, site).register_forward_pre_hook(_collect(stats, last=len(taps) == 1))
-        for site, stats in taps
+        _linear(block, name, site).register_forward_pre_hook(_collect(collector(stats, entry), last=len(taps) == 1))
+        for site, stats, entry in taps
     ]
     try:
         for batch in hidden.batches():
@@ -92,20 +100,34 @@ def observe(
 
 
 def new_stats(
-    shared: tuple[str, ...], needs: Mapping[str, frozenset[type[Stat]]], linear: nn.Module, device: torch.device
-) -> Stats:
+    shared: tuple[str, ...], needs: Mapping[str, frozenset[type[Stat]]], linear: nn.Module, device: torch.device,
+    entry: Entry | None = None,
+) -> Stats:  # fmt: skip
     """Empty statistics for linears that read one input: all that any of them needs."""
-    kinds = frozenset(kind for site in shared for kind in needs[site])
-    return Stats.of(shared[0], kinds, matrix(linear).shape[1], device)
+    kinds = frozenset(kind for site in shared for kind in needs.get(site, ()))
+    width = matrix(linear).shape[1]
+    if entry is not None:
+        width = entry.enter(torch.zeros(1, width, device=device)).shape[1]
+    return Stats.of(shared[0], kinds, width, device)
+
+
+def collector(stats: Stats, entry: Entry | None) -> Callable[[Tensor], None]:
+    """What takes in the inputs of a linear, as it is given them."""
+
+    def collect(x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        stats.update(rows if entry is None else entry.enter(rows))
+
+    return collect
 
 
 class _Enough(Exception):
     """Ends a forward pass that has shown all that was wanted; carries no error."""
 
 
-def _collect(stats: Stats, last: bool) -> Any:
+def _collect(see: Callable[[Tensor], None], last: bool) -> Any:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        stats.update(inputs[0].reshape(-1, inputs[0].shape[-1]))
+        see(inputs[0])
         if last:
             raise _Enough
 

@@ -1,9 +1,21 @@
-"""Recipe: what to do to a model, as data. One line (``gptq:int4-g64,damp=0.02``) or a TOML file.
+"""Recipe: what to do to a model, as data. One line or a TOML file.
 
+    smoothquant,alpha=0.8+gptq:int4-g64,damp=0.02+a:int8-token+kv:int4-head
+
+Transforms come first, then at most one encoder or tuner with the format of its codes, then how the inputs of linears
+(``a:``) and the KV cache (``kv:KEY[:VALUE]``) are rounded. ``until:transforms`` stops before the encoder. In TOML:
+
+[[step]]
+method = "smoothquant"
+options = { alpha = 0.8 }
 [[step]]
 method = "gptq"
 format = "int4-g64"
-options = { act_order = true }
+[activations]
+format = "int8-token"
+[kv]
+key = "int4-head"
+value = "int4-head"
 [[override]]                       # the first that matches a site wins
 sites = "*.down_proj"
 format = "int8-row"
@@ -19,6 +31,7 @@ length = 512
 from __future__ import annotations
 
 import fnmatch
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,9 +41,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lowbit import digest
 from lowbit.errors import RecipeError, nearest
+from lowbit.formats.activation import ActivationFormat, activation
 from lowbit.formats.format import Format
+from lowbit.formats.heads import head_format
 from lowbit.formats.presets import preset
-from lowbit.methods.base import Encoder, method
+from lowbit.methods.base import BlockTuner, Encoder, Transform, kind, method
+
+NO_ENCODER = "the recipe has no encoder: 16 bit"
 
 Scalar = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str
 
@@ -40,26 +57,47 @@ class _Data(BaseModel):
 
 
 class Step(_Data):
-    """A method applied to every site, and the format of its codes."""
+    """A method applied to every site or block, and the format of its codes (none for a transform)."""
 
     method: str
-    format: str
+    format: str | None = None
     options: dict[str, Scalar] = {}
 
 
+class Activations(_Data):
+    """How the inputs of every quantized linear are rounded."""
+
+    format: str
+
+
+class KV(_Data):
+    """How the KV cache is kept; the first ``sink`` and the last ``window`` tokens stay in 16 bit."""
+
+    key: str
+    value: str
+    sink: int = Field(default=0, ge=0)
+    window: int = Field(default=0, ge=0)
+
+
 class Override(_Data):
-    """Another treatment for the sites whose names match a pattern: other settings, or ``keep`` with the reason."""
+    """Another treatment for the sites whose names match a pattern: other settings, or ``keep`` with the reason.
+
+    ``activations = "none"`` leaves the inputs of its sites as they are.
+    """
 
     sites: str
     method: str | None = None
     format: str | None = None
+    activations: str | None = None
     options: dict[str, Scalar] = {}
     keep: str | None = None
 
     @model_validator(mode="after")
     def _one_of(self) -> Override:
-        if (self.keep is not None) == bool(self.method or self.format or self.options):
-            raise ValueError("an override either keeps its sites, with a reason, or changes method, format or options")
+        if (self.keep is not None) == bool(self.method or self.format or self.options or self.activations):
+            raise ValueError(
+                "an override either keeps its sites, with a reason, or changes method, format, options or activations"
+            )
         if self.keep is not None and not self.keep.strip():
             raise ValueError("keep is the reason for keeping the sites, in words")
         return self
@@ -84,29 +122,57 @@ class Treatment(NamedTuple):
 
     method: str
     encoder: Encoder
+    """(or a tuner, which has the same needs and is called with a whole block)"""
     format: Format
+    activations: ActivationFormat | None = None
 
 
 class Recipe(_Data):
     """The whole recipe; parsed values are checked, so that a plan can rely on them."""
 
-    step: list[Step] = Field(min_length=1, max_length=1)
+    step: list[Step] = []
     override: list[Override] = []
+    activations: Activations | None = None
+    kv: KV | None = None
+    until: Literal["transforms", "codes"] = "codes"
+    """``transforms``: stop before the encoder, to see what the transforms alone change (nothing, they promise)."""
     calibration: Calibration = Calibration()
+
+    @property
+    def transforms(self) -> list[tuple[str, Transform]]:
+        """The steps before the encoder, with their names."""
+        return [(s.method, method(s.method, s.options)) for s in self.step if kind(s.method) == "transform"]
+
+    @property
+    def encoder(self) -> Step | None:
+        """The step that makes codes; None when weights stay in 16 bit."""
+        return self.step[-1] if self.step and kind(self.step[-1].method) != "transform" else None
+
+    @property
+    def tuner(self) -> BlockTuner | None:
+        """The encoder, when it works on whole blocks."""
+        step = self.encoder
+        return method(step.method, step.options) if step and kind(step.method) == "tuner" else None
 
     def treatment(self, site: str) -> Treatment | str:
         """How a site is treated, or the reason for keeping it as it is."""
         return self._apply(next((rule for rule in self.override if rule.matches(site)), None))
 
     def _apply(self, rule: Override | None) -> Treatment | str:
-        step = self.step[0]
-        if rule is None:
-            return Treatment(step.method, method(step.method, step.options), preset(step.format))
-        if rule.keep is not None:
+        if rule is not None and rule.keep is not None:
             return rule.keep
-        name = rule.method or step.method
-        options = rule.options if rule.method else {**step.options, **rule.options}
-        return Treatment(name, method(name, options), preset(rule.format or step.format))
+        step = self.encoder
+        if step is None:
+            return NO_ENCODER
+        activations = self.activations.format if self.activations else None
+        name, fmt, options = step.method, step.format, step.options
+        if rule is not None:
+            name, fmt = rule.method or name, rule.format or fmt
+            options = rule.options if rule.method else {**options, **rule.options}
+            activations = rule.activations or activations
+        assert fmt is not None  # see _checked
+        rounded = activation(activations) if activations not in (None, "none") else None
+        return Treatment(name, method(name, options), preset(fmt), rounded)
 
     def check(self, sites: Iterable[str]) -> None:
         """Raises RecipeError for an override that decides about no site of the model."""
@@ -129,16 +195,30 @@ class Recipe(_Data):
 
     @property
     def calibrated(self) -> bool:
-        """Whether any of its treatments needs statistics, and so calibration text."""
-        treatments = [self.treatment("")] + [self.treatment(rule.sites) for rule in self.override]
-        return any(t.encoder.needs for t in treatments if not isinstance(t, str))
+        """Whether any of its steps needs statistics, and so calibration text."""
+        found = [self.treatment("")] + [self.treatment(rule.sites) for rule in self.override]
+        treatments = [t for t in found if not isinstance(t, str)]
+        static = any(t.activations and t.activations.static for t in treatments)
+        # transforms look for edges on a sample of hidden states even when they need no statistics
+        return static or bool(self.transforms) or any(t.encoder.needs for t in treatments)
 
     @property
     def line(self) -> str:
-        """The one-line spelling of the step, for tables."""
-        step = self.step[0]
-        options = "".join(f",{key}={_spell(value)}" for key, value in sorted(step.options.items()))
-        return f"{step.method}:{step.format}{options}" + (f"+{len(self.override)}" if self.override else "")
+        """The one-line spelling, for tables; overrides are only counted."""
+        parts = [
+            s.method + (f":{s.format}" if s.format else "")
+            + "".join(f",{key}={_spell(value)}" for key, value in sorted(s.options.items()))
+            for s in self.step
+        ]  # fmt: skip
+        if self.activations:
+            parts.append(f"a:{self.activations.format}")
+        if self.until != "codes":
+            parts.append(f"until:{self.until}")
+        if self.kv:
+            same = self.kv.key == self.kv.value
+            parts.append(f"kv:{self.kv.key}" + ("" if same else f":{self.kv.value}"))
+            parts[-1] += "".join(f",{k}={v}" for k in ("sink", "window") if (v := getattr(self.kv, k)))
+        return "+".join(parts) + (f"+{len(self.override)}" if self.override else "")
 
     @property
     def digest(self) -> str:
@@ -152,17 +232,34 @@ def parse(text: str) -> Recipe:
     """
     if text.endswith(".toml"):
         return _from_toml(Path(text))
-    head, *pairs = text.split(",")
-    name, colon, fmt = head.partition(":")
-    if not colon:
-        raise RecipeError(f"{text!r} is not METHOD:FORMAT", fix="gptq:int4-g64, rtn:nf4, or a .toml file")
+    steps: list[dict[str, Any]] = []
+    value: dict[str, Any] = {"step": steps}
+    for part in re.split(r"\+(?=[a-z])", text):
+        head, *pairs = part.split(",")
+        name, colon, fmt = head.partition(":")
+        options = _options(pairs, text)
+        if name in ("a", "kv", "until") and not (colon and fmt):
+            raise RecipeError(f"{part!r} names nothing", where=text, fix="a:int8-token, kv:int4-head, until:transforms")
+        if name == "until":
+            value["until"] = fmt
+        elif name == "a":
+            value["activations"] = {"format": fmt, **options}
+        elif name == "kv":
+            key, _, val = fmt.partition(":")
+            value["kv"] = {"key": key, "value": val or key, **options}
+        else:
+            steps.append({"method": name, "format": fmt or None, "options": options})
+    return _checked(value, text)
+
+
+def _options(pairs: list[str], where: str) -> dict[str, Scalar]:
     options: dict[str, Scalar] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise RecipeError(f"{pair!r} is not OPTION=VALUE", where=text, fix="gptq:int4-g64,damp=0.02")
+            raise RecipeError(f"{pair!r} is not OPTION=VALUE", where=where, fix="gptq:int4-g64,damp=0.02")
         options[key] = _scalar(value)
-    return _checked({"step": [{"method": name, "format": fmt, "options": options}]}, text)
+    return options
 
 
 def with_calibration(recipe: Recipe, **changes: Any) -> Recipe:
@@ -189,20 +286,56 @@ def _checked(value: dict[str, Any], where: str) -> Recipe:
         found = error.errors()  # a misspelt field explains the missing one
         first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
         field = ".".join(map(str, first["loc"]))
-        known = {*Recipe.model_fields, *Step.model_fields, *Override.model_fields, *Calibration.model_fields}
+        models = (Recipe, Step, Override, Activations, KV, Calibration)
+        known = {name for model in models for name in model.model_fields}
         fix = nearest(str(first["loc"][-1]), known) if first["type"] == "extra_forbidden" else ""
         raise RecipeError(f"{field}: {first['msg']}", where=where, fix=fix) from error
+    _check_steps(recipe, where)
     for rule in (None, *recipe.override):
         recipe._apply(rule)  # methods, options and formats exist
+    if recipe.kv is not None:
+        for name in (recipe.kv.key, recipe.kv.value):
+            head_format(name)
     return recipe
+
+
+def _check_steps(recipe: Recipe, where: str) -> None:
+    """Raises RecipeError unless the steps are transforms, then at most one encoder with a format."""
+    for i, step in enumerate(recipe.step):
+        if kind(step.method) == "transform":
+            if step.format is not None:
+                raise RecipeError(
+                    f"{step.method} is a transform and has no format", where=where,
+                    why="it prepares weights, an encoder after it rounds them", fix=f"{step.method}+rtn:{step.format}",
+                )  # fmt: skip
+            method(step.method, step.options)
+        elif i + 1 < len(recipe.step):
+            raise RecipeError(
+                f"{step.method} is an encoder and must come last", where=where,
+                fix="transforms first, then one encoder: awq+gptq:int4-g64",
+            )  # fmt: skip
+        elif step.format is None:
+            raise RecipeError(f"{step.method} needs a format", where=where, fix=f"{step.method}:int4-g64")
+    if recipe.encoder is None and (recipe.activations or recipe.override):
+        raise RecipeError(
+            "only quantized linears can round their inputs or be overridden", where=where,
+            fix="an encoder: +rtn:int8-row-sym",
+        )  # fmt: skip
+    if not recipe.step and recipe.kv is None:
+        raise RecipeError("does nothing", where=where, fix="gptq:int4-g64, kv:int4-head, or a .toml file")
+    if recipe.tuner is not None and any(rule.method for rule in recipe.override):
+        raise RecipeError(
+            "a tuner works on whole blocks, so an override cannot name another method", where=where,
+            fix="overrides that change the format or keep sites",
+        )  # fmt: skip
 
 
 def _scalar(text: str) -> Scalar:
     if text in ("true", "false"):
         return text == "true"
-    for kind in (int, float):
+    for number in (int, float):
         try:
-            return kind(text)
+            return number(text)
         except ValueError:
             continue
     return text

@@ -1,4 +1,4 @@
-"""Hidden states of the calibration tokens between blocks: in memory, or in a temporary file beyond a limit."""
+"""Hidden states of the calibration tokens between blocks: on the device or in memory, beyond a limit in a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from lowbit.arrays import Float, Int, Tensor
 from lowbit.errors import StorageError
 from lowbit.models.stream import Stream
 
-LIMIT = 2 << 30  # bytes kept in memory
+LIMIT = 2 << 30  # bytes kept in the memory of the host
+
+
+def room(device: torch.device) -> int:
+    """Bytes of activations that may be kept on a device: LIMIT on the host, 3/4 of what is free now on a GPU."""
+    if device.type != "cuda":
+        return LIMIT
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (torch.cuda.mem_get_info(device)[0] + unused) * 3 // 4
 
 
 class Hidden:
@@ -22,6 +30,7 @@ class Hidden:
 
     def __init__(self, data: Float[Tensor, "windows length d"], batch: int, file: Any) -> None:
         self.data, self.batch, self._file = data, batch, file
+        self.moved = 0  # windows that are already what the next block reads, while a block is under way
 
     @staticmethod
     def nbytes(windows: int, length: int, d: int, dtype: torch.dtype) -> int:
@@ -35,11 +44,13 @@ class Hidden:
         shape = (tokens.shape[0], tokens.shape[1], first.shape[-1])
         file: Any = None
         size = cls.nbytes(*shape, first.dtype)
-        if size > LIMIT:
+        if size <= room(first.device):
+            data = torch.empty(shape, dtype=first.dtype, device=first.device)
+        elif size <= LIMIT:
+            data = torch.empty(shape, dtype=first.dtype)
+        else:
             file = _room(size)
             data = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=first.dtype).view(shape)
-        else:
-            data = torch.empty(shape, dtype=first.dtype, device=first.device)
         data[:batch] = first
         for start in range(batch, shape[0], batch):
             data[start : start + batch] = stream.embed(tokens[start : start + batch])
@@ -49,9 +60,22 @@ class Hidden:
         return [slice(s, min(s + self.batch, len(self.data))) for s in range(0, len(self.data), self.batch)]
 
     def advance(self, stream: Stream, i: int, block: nn.Module) -> None:
-        """Replace every window by what block ``i`` makes of it."""
-        for batch in self.batches():
+        """Replace every window by what block ``i`` makes of it; interrupted, the next call goes on with the rest."""
+        for start in range(self.moved, len(self.data), self.batch):
+            batch = slice(start, min(start + self.batch, len(self.data)))
+            stream.learn((batch.stop - batch.start, self.data.shape[1]))
             self.data[batch] = stream.run(i, block, self.data[batch])
+            self.moved = batch.stop
+        self.moved = 0
+
+    def copy(self) -> Hidden:
+        """The same hidden states in a place of their own (a file, where these are in one)."""
+        file: Any = None
+        if self._file is None:
+            return Hidden(self.data.clone(), self.batch, None)
+        file = _room(self.data.numel() * self.data.element_size())
+        data = torch.from_file(file.name, shared=True, size=self.data.numel(), dtype=self.data.dtype)
+        return Hidden(data.view(self.data.shape).copy_(self.data), self.batch, file)
 
 
 def _room(size: int) -> Any:

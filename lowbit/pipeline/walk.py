@@ -1,69 +1,33 @@
-"""walk: the one loop over a model. Load a block, observe, encode, propagate, write, free.
+"""walk: the one loop over a model. Load a block, observe, edit, encode, propagate, write, free.
 
-Memory held at once: one block, its codes, the statistics of one stage, and the hidden states of the calibration
-tokens (in a file beyond a limit). A finished block is one atomic write to the sink; to resume, blocks that the sink
-has are run but not encoded again, so the result has the bytes of an undisturbed run.
+Memory held at once: one block, its edited weights and codes, the statistics of one stage, and the hidden states of
+the calibration tokens (in a file beyond a limit). A finished block is one atomic write to the sink; to resume, blocks
+that the sink has are run but not encoded again, so the result has the bytes of an undisturbed run. Out of memory, the
+walk halves the windows that it runs at once, says so, and goes on.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
-from lowbit.arrays import Int, Matrix, Tensor
-from lowbit.calibration.stats import Gram, Stats
-from lowbit.errors import CalibrationError
-from lowbit.formats.qtensor import QTensor
-from lowbit.methods.base import Weight
-from lowbit.models.graph import matrix, set_matrix
+from lowbit.arrays import Int, Tensor
+from lowbit.calibration.cards import Card
+from lowbit.errors import CalibrationError, RecipeError
 from lowbit.models.source import Source
 from lowbit.models.stream import Stream
 from lowbit.pipeline.coverage import Coverage, audit
-from lowbit.pipeline.lockstep import Lockstep
-from lowbit.pipeline.observe import Stage, discover, new_stats, observe
+from lowbit.pipeline.encode import BlockWork, ranges_needed, replace_by_codes
+from lowbit.pipeline.memory import Chunks
 from lowbit.pipeline.recipe import Recipe
-from lowbit.pipeline.spill import LIMIT, Hidden
+from lowbit.pipeline.result import Finished, Progress, Sink, SiteReport
+from lowbit.pipeline.spill import Hidden
+from lowbit.pipeline.view import Edges
 
-
-@dataclass(frozen=True)
-class SiteReport:
-    """What encoding one site did: its size and its error relative to the weight and to the output."""
-
-    site: str
-    method: str
-    format: str
-    nbytes: int
-    bits_per_weight: float
-    weight_error: float
-    """|Q - W|² / |W|²"""
-    output_error: float | None
-    """|X(Q - W)ᵀ|² / |XWᵀ|² over the calibration tokens, where a Gram matrix was collected"""
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One step of the walk; ``done`` of ``total`` sites."""
-
-    block: int
-    blocks: int
-    site: str
-    done: int
-    total: int
-
-
-@runtime_checkable
-class Sink(Protocol):
-    """Where finished blocks go."""
-
-    def has(self, block: str) -> bool: ...
-    def read(self, block: str) -> Mapping[str, QTensor]: ...
-    def write(self, block: str, module: nn.Module, codes: Mapping[str, QTensor], reports: list[SiteReport]) -> None: ...
+__all__ = ["Finished", "Progress", "Sink", "SiteReport", "prepared", "walk"]
 
 
 def walk(
@@ -72,43 +36,91 @@ def walk(
     tokens: Int[Tensor, "windows length"] | None,
     sink: Sink,
     *,
+    card: Card | None = None,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Coverage:
     """Quantize every block of a model into ``sink``; returns what was covered.
 
-    ``tokens`` may be None when no method needs statistics; then no activation is ever computed. ``dtype`` is the
-    dtype of the forward passes. Raises CoverageError before any work when a matrix would be missed.
+    ``tokens`` may be None when no step needs statistics, or when a ``card`` holds them; then no activation is ever
+    computed. ``dtype`` is the dtype of the forward passes, ``device`` where they, the statistics and the methods run;
+    what reaches the sink is on the CPU. Raises CoverageError before any work when a matrix would be missed,
+    CalibrationError for tokens that do not fit, or a card of another model or of too few statistics.
     """
     coverage = audit(source, recipe)
-    calibrated = any(t.encoder.needs for _, t in coverage.treated.values())
-    if calibrated:
+    stream, hidden = Stream(source, dtype, device), None
+    if card is not None:
+        _check_card(card, source, recipe, coverage)
+    elif recipe.calibrated:
         _check_tokens(source, recipe, tokens)
-    stream = Stream(source, dtype)
-    hidden = Hidden.embed(stream, tokens, recipe.calibration.batch) if calibrated and tokens is not None else None
+        assert tokens is not None
+        hidden = Hidden.embed(stream, tokens, recipe.calibration.batch)
+    # a tuner aims at what the original model computes, so the original's hidden states are carried along
+    original = hidden.copy() if hidden is not None and recipe.tuner is not None else None
     stream.close()
-    total, done = len(coverage.treated), 0
+    edges, total, done = Edges(), len(coverage.treated), 0
     for i, name in enumerate(source.blocks):
-        sites = coverage.in_block(name)
-        finished = sink.has(name)
-        if finished and hidden is None:
+        sites, last = coverage.in_block(name), i + 1 == len(source.blocks)
+        if sink.has(name) and hidden is None:
             done += len(sites)
             continue
         block = stream.load(i)
-        if not finished:
-            report = _Counter(i, len(source.blocks), done, total, on_progress)
-            codes, reports = _Block(source, recipe, stream, i, block, hidden, coverage, report).encode()
-            sink.write(name, block, codes, reports)
-        else:
-            codes = dict(sink.read(name))
-            if hidden is not None:
-                for site, q in codes.items():
-                    _replace(recipe, block, name, site, q.decode())
-                if i + 1 < len(source.blocks):
-                    hidden.advance(stream, i, block)
+        counter = _Counter(i, len(source.blocks), done, total, on_progress)
+        chunks = Chunks(stream, [h for h in (hidden, original) if h is not None], counter.note)
+        if not sink.has(name):
+            work = BlockWork(
+                source, recipe, stream, i, block, hidden, original, card, coverage, edges, chunks, counter.site
+            )
+            sink.write(name, block, _on_cpu(work.encode(last)))
+        elif hidden is not None:
+            finished = sink.read(name)
+            if original is not None and not last:
+                chunks.run(lambda b=block, i=i: original.advance(stream, i, b))  # type: ignore[misc]
+            for full, value in finished.edited.items():
+                _put(block, full.removeprefix(name + "."), value, dtype, stream.device)
+            for site, q in finished.codes.items():
+                replace_by_codes(recipe, block, name, site, q.decode().to(stream.device))
+            if not last:
+                chunks.run(lambda b=block, i=i: hidden.advance(stream, i, b))  # type: ignore[misc]
         done += len(sites)
         del block
     return coverage
+
+
+def prepared(source: Source, recipe: Recipe) -> Source:
+    """The source that a recipe's walk and sink must be given: transforms of the whole model are applied to it."""
+    for _, transform in recipe.transforms:
+        source = transform.prepare(source) if hasattr(transform, "prepare") else source
+    return source
+
+
+def _put(block: nn.Module, name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    owner, _, leaf = name.rpartition(".")
+    block.get_submodule(owner)._parameters[leaf] = nn.Parameter(value.to(device, dtype), requires_grad=False)
+
+
+def _on_cpu(done: Finished) -> Finished:
+    return Finished(
+        {site: q.map(lambda t: t.cpu()) for site, q in done.codes.items()}, done.inputs,
+        {name: value.cpu() for name, value in done.edited.items()}, done.reports,
+    )  # fmt: skip
+
+
+def _check_card(card: Card, source: Source, recipe: Recipe, coverage: Coverage) -> None:
+    """Raises CalibrationError for a card of another model, RecipeError where statistics alone do not suffice."""
+    card.check(source)
+    if recipe.transforms or recipe.tuner is not None:
+        raise RecipeError(
+            "a card cannot calibrate transforms and tuners", where=recipe.line,
+            why="it holds sums over the inputs of the model as it is, and these run blocks",
+            fix="an encoder alone with the card, or calibration text",
+        )  # fmt: skip
+    needed = {kind for _, t in coverage.treated.values() for kind in t.encoder.needs | ranges_needed(t)}
+    if missing := sorted(kind.__name__ for kind in needed - card.kinds):
+        raise CalibrationError(
+            f"holds no {' and no '.join(missing)}", where=str(card.path), fix="a card made with --gram and ranges",
+        )  # fmt: skip
 
 
 def _check_tokens(source: Source, recipe: Recipe, tokens: Int[Tensor, "windows length"] | None) -> None:
@@ -131,7 +143,7 @@ def _check_tokens(source: Source, recipe: Recipe, tokens: Int[Tensor, "windows l
 
 @dataclass
 class _Counter:
-    """Turns finished sites into progress."""
+    """Turns finished sites and notes into progress."""
 
     block: int
     blocks: int
@@ -139,110 +151,9 @@ class _Counter:
     total: int
     emit: Callable[[Progress], None]
 
-    def __call__(self, site: str) -> None:
+    def site(self, site: str) -> None:
         self.done += 1
         self.emit(Progress(self.block, self.blocks, site, self.done, self.total))
 
-
-class _Block:
-    """One block being encoded: its stages in order, and its hidden states moved on to the next block."""
-
-    def __init__(
-        self, source: Source, recipe: Recipe, stream: Stream, i: int, block: nn.Module, hidden: Hidden | None,
-        coverage: Coverage, report: Callable[[str], None],
-    ) -> None:  # fmt: skip
-        self.source, self.recipe, self.stream, self.i, self.block = source, recipe, stream, i, block
-        self.hidden, self.coverage, self.report = hidden, coverage, report
-        self.name = source.blocks[i]
-        self.sites = coverage.in_block(self.name)
-        self.needs = {site: t.encoder.needs for site, (_, t) in self.sites.items()}
-        self.codes: dict[str, QTensor] = {}
-        self.reports: list[SiteReport] = []
-
-    def encode(self) -> tuple[dict[str, QTensor], list[SiteReport]]:
-        if self.hidden is None:
-            self._encode(list(self.sites), {})
-            return self.codes, self.reports
-        stages = discover(self.stream, self.i, self.block, self.hidden, list(self.sites))
-        sequential = any(t.encoder.true_sequential for _, t in self.sites.values())
-        last = self.i + 1 == len(self.source.blocks)
-        if sequential and all(len(stage.inputs) == 1 for stage in stages) and self._fits():
-            self._lockstep(stages, self.hidden, last)
-            return self.codes, self.reports
-        for group in [[stage] for stage in stages] if sequential else [stages]:
-            found = observe(self.stream, self.i, self.block, self.hidden, group, self.needs)
-            self._encode([site for stage in group for site in stage.sites], found)
-        if not last:
-            self.hidden.advance(self.stream, self.i, self.block)
-        return self.codes, self.reports
-
-    def _lockstep(self, stages: list[Stage], hidden: Hidden, last: bool) -> None:
-        """All stages in one forward pass."""
-        gates = [self.block.get_submodule(stage.sites[0].removeprefix(self.name + ".")) for stage in stages]
-        with Lockstep(self.stream, self.i, self.block, hidden, gates) as batches:
-            for stage, gate in zip(stages, gates, strict=True):
-                stats = new_stats(stage.inputs[0], self.needs, gate, self.stream.device)
-                batches.until(gate, lambda x, stats=stats: stats.update(x.reshape(-1, x.shape[-1])))  # type: ignore[misc]
-                self._encode(stage.sites, dict.fromkeys(stage.sites, stats))
-            if not last:
-                batches.finish()
-
-    def _fits(self) -> bool:
-        """Whether the activations inside the block of all tokens fit beside the rest (a rough upper estimate)."""
-        assert self.hidden is not None
-        widths = sum(sum(site.shape) for site, _ in self.sites.values())
-        windows, length, _ = self.hidden.data.shape
-        return windows * length * widths * self.hidden.data.element_size() <= LIMIT
-
-    def _encode(self, sites: list[str], found: Mapping[str, Stats]) -> None:
-        """Encode sites from their statistics; what follows in the block then sees the low-bit weights."""
-        for site in sites:
-            q, decoded, report = _encode_site(self.source, site, self.coverage, found.get(site))
-            self.codes[site] = q
-            self.reports.append(report)
-            if self.hidden is not None:
-                _replace(self.recipe, self.block, self.name, site, decoded)
-            self.report(site)
-
-
-def _replace(recipe: Recipe, block: nn.Module, name: str, site: str, decoded: Matrix) -> None:
-    """Let the forward pass use a site's low-bit weight, unless the recipe propagates the original."""
-    if recipe.calibration.propagate == "quantized":
-        set_matrix(block.get_submodule(site.removeprefix(name + ".")), decoded)
-
-
-def _encode_site(
-    source: Source, site: str, coverage: Coverage, stats: Stats | None
-) -> tuple[QTensor, Matrix, SiteReport]:
-    """The codes of one site, the weight that they stand for, and what became of it."""
-    started = time.perf_counter()
-    _, treatment = coverage.treated[site]
-    # The method sees the weight as the file has it, not as the forward pass rounded it.
-    W = matrix(source.load(site, torch.float32)).contiguous()
-    stats = stats or Stats(site, {})
-    q = treatment.encoder(Weight(site, W), stats, treatment.format)
-    decoded = q.decode()
-    error = decoded - W
-    return q, decoded, SiteReport(
-        site, treatment.method, treatment.format.name, q.nbytes, q.bits_per_weight,
-        _weight_error(error, W), _output_error(error, W, stats), time.perf_counter() - started,
-    )  # fmt: skip
-
-
-_ERROR_ROWS = 64  # rows, evenly spaced, that the reported output error is taken over
-
-
-def _weight_error(error: Matrix, W: Matrix) -> float:
-    whole = float(W.square().sum())
-    return float(error.square().sum()) / whole if whole else 0.0
-
-
-def _output_error(error: Matrix, W: Matrix, stats: Stats) -> float | None:
-    """Over a sample of rows; None without a Gram matrix."""
-    if Gram not in stats:
-        return None
-    H = stats[Gram].sum()
-    every = max(1, W.shape[0] // _ERROR_ROWS)
-    error, W = error[::every], W[::every]
-    whole = float((W @ H).mul_(W).sum())
-    return float((error @ H).mul_(error).sum()) / whole if whole else 0.0
+    def note(self, note: str) -> None:
+        self.emit(Progress(self.block, self.blocks, "", self.done, self.total, note))

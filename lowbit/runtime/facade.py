@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,18 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lowbit.arrays import Tensor
 from lowbit.calibration import text as texts
-from lowbit.errors import CheckpointError, ModelError
+from lowbit.errors import CheckpointError, ModelError, RecipeError
+from lowbit.formats.activation import Input
+from lowbit.formats.heads import CacheFormat
 from lowbit.formats.qtensor import QTensor
 from lowbit.io import native
 from lowbit.models.graph import split_experts
 from lowbit.models.source import of_model
 from lowbit.pipeline.recipe import parse
-from lowbit.pipeline.walk import SiteReport, walk
+from lowbit.pipeline.result import Finished
+from lowbit.pipeline.walk import prepared, walk
 from lowbit.runtime import transformers_quantizer
 from lowbit.runtime.kernels import check_policy
 from lowbit.runtime.linear import QLinear
@@ -37,21 +40,31 @@ def quantize(
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError("is already quantized", where=type(model).__name__, fix="the original model")
     source = of_model(model)
+    if prepared(source, parsed) is not source:
+        raise RecipeError(
+            "rotates the residual stream of the whole model", where=recipe, fix="lowbit quantize, or fused=false"
+        )
     if parsed.calibrated and tokens is None:
         tokens = _tokens(model, parsed.calibration, text, tokenizer)
     sink = _Memory()
     walk(source, parsed, tokens, sink, dtype=model.dtype)
     split_experts(model)
+    known = {name for name, _ in model.named_parameters()}
+    for name, value in sink.edited.items():
+        owner, _, leaf = name.rpartition(".")
+        edited = nn.Parameter(value.to(model.device, model.dtype), requires_grad=False)
+        model.get_submodule(owner).register_parameter(leaf, edited)
     for site, q in sink.codes.items():
         parent, _, leaf = site.rpartition(".")
         old = model.get_submodule(site)
         bias = None if old.bias is None else old.bias.detach()  # type: ignore[union-attr, operator]
-        setattr(model.get_submodule(parent), leaf, QLinear.of(q, bias, model.dtype).to(model.device))
-    specs: dict[Any, list[str]] = {}
-    for site, q in sink.codes.items():
-        specs.setdefault(q.spec(), []).append(site)
-    formats = [{"spec": spec.to_json(), "sites": sites} for spec, sites in specs.items()]
-    model.config.quantization_config = transformers_quantizer.LowbitConfig(native.VERSION, parsed.line, formats)
+        linear = QLinear.of(q, bias, model.dtype, sink.inputs.get(site))
+        setattr(model.get_submodule(parent), leaf, linear.to(model.device))
+    settings = native.Settings(
+        {site: q.spec() for site, q in sink.codes.items()}, {site: i.format for site, i in sink.inputs.items()},
+        tuple(sorted(sink.edited.keys() - known)), native.cache_format(parsed),
+    )  # fmt: skip
+    model.config.quantization_config = transformers_quantizer.LowbitConfig(recipe=parsed.line, **settings.to_json())
     return model
 
 
@@ -83,6 +96,12 @@ def load(
     return model
 
 
+def cache_format(model: PreTrainedModel) -> CacheFormat | None:
+    """How the recipe of a quantized model wants its keys and values rounded; None for models without a say."""
+    config = getattr(model.config, "quantization_config", None)
+    return config.settings().kv if isinstance(config, transformers_quantizer.LowbitConfig) else None
+
+
 def use_kernels(model: nn.Module, policy: str) -> None:
     """Set the kernel policy of every QLinear of a model."""
     for module in model.modules():
@@ -111,16 +130,20 @@ def _tokens(model: PreTrainedModel, calibration: Any, text: str | None, tokenize
 
 
 class _Memory:
-    """A sink that keeps codes in memory."""
+    """A sink that keeps everything in memory."""
 
     def __init__(self) -> None:
         self.codes: dict[str, QTensor] = {}
+        self.inputs: dict[str, Input] = {}
+        self.edited: dict[str, Tensor] = {}
 
     def has(self, block: str) -> bool:
         return False
 
-    def read(self, block: str) -> Mapping[str, QTensor]:
+    def read(self, block: str) -> Finished:
         raise KeyError(block)
 
-    def write(self, block: str, module: nn.Module, codes: Mapping[str, QTensor], reports: list[SiteReport]) -> None:
-        self.codes.update(codes)
+    def write(self, block: str, module: nn.Module, done: Finished) -> None:
+        self.codes.update(done.codes)
+        self.inputs.update(done.inputs)
+        self.edited.update(done.edited)

@@ -1,24 +1,40 @@
 """QLinear: a linear over a QTensor, as a module that transformers can load, move and save.
 
 The tree of a QTensor becomes a tree of modules with one buffer a leaf, so that a checkpoint's tensor names are the
-module's own state: ``...q_proj.weight.codes``, ``...q_proj.weight.scale.data``.
+module's own state: ``...q_proj.weight.codes``, ``...q_proj.weight.scale.data``, ``...q_proj.input.low``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lowbit.arrays import Float, Tensor
-from lowbit.formats.qtensor import QTensor, build
+from lowbit.arrays import Float, Int, Tensor
+from lowbit.formats.activation import ActivationFormat, Input, exact_columns
+from lowbit.formats.qtensor import Gathered, QTensor, Rotated, build
 from lowbit.formats.spec import Spec
 from lowbit.runtime.kernels import Kernel, check_policy, choose
 
 
-class PackedWeight(nn.Module):
+class Stored(nn.Module):
+    """Buffers as they are stored: moves change their device, never their dtype."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Stored:
+        """``model.half()`` must not round a float32 scale."""
+
+        def move(part: Tensor) -> Tensor:
+            moved = fn(part)
+            return moved if moved.dtype == part.dtype else part.to(moved.device)
+
+        super()._apply(move, recurse)
+        return self
+
+
+class PackedWeight(Stored):
     """The parts of a QTensor as buffers; ``qtensor()`` is the value itself.
 
     ``dtype`` is the one that weights are computed in, not stored in: transformers asks a linear's weight for it.
@@ -51,33 +67,91 @@ class PackedWeight(nn.Module):
         return next(self.buffers()).device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
-        """Moves change devices, never dtypes: ``model.half()`` must not round a float32 scale."""
-
-        def move(part: Tensor) -> Tensor:
-            moved = fn(part)
-            return moved if moved.dtype == part.dtype else part.to(moved.device)
-
-        super()._apply(move, recurse)
+        super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
 
-class QLinear(nn.Module):
-    """``y = x Wᵀ + b`` with W a QTensor. Which kernel runs is chosen by spec, device and dtype (see ``kernel``)."""
+class Rounding(Stored):
+    """How a linear rounds its inputs; ``low`` and ``high`` are buffers where the range is static."""
 
-    def __init__(self, spec: Spec, bias: bool, dtype: torch.dtype, device: torch.device | str = "meta") -> None:
+    low: Tensor | None
+    high: Tensor | None
+
+    def __init__(self, format: ActivationFormat, device: torch.device | str = "meta") -> None:
+        super().__init__()
+        self.format = format
+        for name in ("low", "high"):
+            self.register_buffer(name, torch.empty(1, device=device) if format.static else None)
+
+    @classmethod
+    def of(cls, input: Input) -> Rounding:
+        rounding = cls(input.format)
+        rounding.low, rounding.high = input.low, input.high
+        return rounding
+
+    def forward(
+        self, x: Float[Tensor, "*batch in"], exact: Int[Tensor, "k"] | None = None
+    ) -> Float[Tensor, "*batch in"]:
+        """``x`` rounded; the columns ``exact`` are not."""
+        return Input(self.format, self.low, self.high).round(x, exact)
+
+    def extra_repr(self) -> str:
+        return self.format.name
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A weight without its outer changes of basis: ``x @ W.T == enter(x) @ weight.T``."""
+
+    entries: tuple[Rotated | Gathered, ...]
+    weight: QTensor
+    spec: Spec
+    exact: Tensor | None
+    """The entered inputs that are never rounded, where inputs are."""
+
+    @classmethod
+    def of(cls, q: QTensor) -> Inner:
+        entries: list[Rotated | Gathered] = []
+        while isinstance(q, Rotated | Gathered):
+            entries.append(q)
+            q = q.inner
+        return cls(tuple(entries), q, q.spec(), exact_columns(q))
+
+    def enter(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch inner"]:
+        for node in self.entries:
+            x = node.enter(x)
+        return x
+
+
+class QLinear(nn.Module):
+    """``y = round(x) Wᵀ + b`` with W a QTensor; inputs are rounded where there is an ``input`` format.
+
+    A weight that acts on changed inputs (``Rotated``, ``Gathered``) is multiplied in that basis, where they are also
+    rounded. Which kernel runs is chosen by spec, device and dtype (see ``kernel``).
+    """
+
+    def __init__(
+        self, spec: Spec, bias: bool, dtype: torch.dtype, device: torch.device | str = "meta",
+        input: ActivationFormat | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.out_features, self.in_features = spec.shape
         self.weight = PackedWeight(spec, dtype, device)
+        self.input = None if input is None else Rounding(input, device)
         self.bias = nn.Parameter(torch.empty(spec.shape[0], dtype=dtype, device=device), False) if bias else None
         self.policy = "auto"
+        self._tree: Inner | None = None
         self._state: tuple[Kernel, Any] | None = None
 
     @classmethod
-    def of(cls, q: QTensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> QLinear:
+    def of(
+        cls, q: QTensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32, input: Input | None = None
+    ) -> QLinear:
         """A linear over ``q`` that shares its tensors; ``dtype`` is that of the activations."""
         linear = cls(q.spec(), bias is not None, dtype)
         linear.weight = PackedWeight.of(q, dtype)
+        linear.input = None if input is None else Rounding.of(input)
         if bias is not None:
             linear.bias = nn.Parameter(bias, requires_grad=False)
         return linear
@@ -87,30 +161,45 @@ class QLinear(nn.Module):
 
         Raises RecipeError for any other word.
         """
-        self.policy, self._state = check_policy(policy), None
+        self.policy = check_policy(policy)
+        self._forget()
 
     def kernel(self, x: Tensor) -> Kernel:
         """The kernel that a call with ``x`` runs."""
-        return choose(self.policy, self.weight.spec, x)
+        return choose(self.policy, self._inner().spec, x)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        kernel = self.kernel(x)
+        inner = self._inner()
+        x = inner.enter(x)
+        if self.input is not None:
+            x = self.input(x, inner.exact)
+        kernel = choose(self.policy, inner.spec, x)
         if not kernel.prepared:
-            y = kernel.run(x, self.weight.qtensor())
+            y = kernel.run(x, inner.weight)
         else:
             if self._state is None or self._state[0] is not kernel or self._state[1].key != (x.dtype, x.device):
-                self._state = kernel, kernel.prepare(self.weight.qtensor(), x.dtype)
+                self._state = kernel, kernel.prepare(inner.weight, x.dtype)
             y = kernel.run(x, self._state[1])
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def _inner(self) -> Inner:
+        """The weight's tree, made once: its tensors are the module's own."""
+        if self._tree is None:
+            self._tree = Inner.of(self.weight.qtensor())
+        return self._tree
+
+    def _forget(self) -> None:
+        """Drop what was made from the weights as they were."""
+        self._tree = self._state = None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
-        """What a kernel prepared belongs to the old device; packed parts keep their dtypes (see ``PackedWeight``)."""
-        self._state = None
+        """What was made from the parts belongs to the old device; they keep their dtypes (see ``Stored``)."""
+        self._forget()
         super()._apply(fn, recurse)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._state = None  # prepared from the old weights
+        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:

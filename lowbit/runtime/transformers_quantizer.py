@@ -19,25 +19,31 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowbit.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from lowbit.formats.spec import Spec
+    from lowbit.io.layout import Settings
 
 
 @register_quantization_config("lowbit")
 class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """``quantization_config`` of a native checkpoint: version, recipe and the spec of every site."""
+    """``quantization_config`` of a native checkpoint: version, recipe, and where which format is."""
 
-    def __init__(self, version: int = 0, recipe: str = "", formats: Any = (), **_: Any) -> None:
+    def __init__(
+        self, version: int = 0, recipe: str = "", formats: Any = (), activations: Any = (), added: Any = (),
+        kv: Any = None, **_: Any,
+    ) -> None:  # fmt: skip
         self.quant_method = "lowbit"  # type: ignore[assignment]  # transformers types its own methods only
         self.version, self.recipe, self.formats = version, recipe, list(formats)
+        self.activations, self.added, self.kv = list(activations), list(added), kv
 
-    def specs(self) -> dict[str, Spec]:
-        from lowbit.io.native import site_specs
+    def settings(self) -> Settings:
+        """The fields, checked; raises CheckpointError."""
+        from lowbit.io.layout import Settings
 
-        return site_specs({"version": self.version, "formats": self.formats}, "config.json")
+        return Settings.from_json(self.to_dict(), "config.json")
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "quant_method": "lowbit", "version": self.version, "recipe": self.recipe, "formats": self.formats,
+            "activations": self.activations, "added": self.added, "kv": self.kv,
         }  # fmt: skip
 
 
@@ -60,13 +66,17 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
         for root in {file.parent for file in map(Path, checkpoint_files or ()) if _is_ours(opened(file))}:
             verify(root)
-        install(model, self.quantization_config.specs(), dtype or torch.get_default_dtype())
+        install(model, self.quantization_config.settings(), dtype or torch.get_default_dtype())
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        for name, part in model.named_buffers():
-            packed = model.get_submodule(name.rpartition(".")[0])
+        from lowbit.runtime.linear import Stored
+
+        ours = {id(part) for module in model.modules() if isinstance(module, Stored) for part in module.buffers()}
+        parts = {name: part for name, part in model.named_buffers() if id(part) in ours}
+        parts |= {name: model.get_parameter(name) for name in self.quantization_config.added}
+        for name, part in parts.items():
             # transformers fills what a file lacks with arbitrary numbers, and marks what it has loaded
-            if hasattr(packed, "qtensor") and not getattr(part, "_is_hf_initialized", False):
+            if not getattr(part, "_is_hf_initialized", False):
                 where = str(getattr(model, "name_or_path", ""))
                 raise CheckpointError(f"the part {name!r} is missing", where=where, fix="save the model again")
 
@@ -83,22 +93,38 @@ def _is_ours(shard: contextlib.AbstractContextManager[Any]) -> bool:
         return "lowbit" in (file.metadata() or {})
 
 
-def install(model: nn.Module, specs: dict[str, Spec], dtype: torch.dtype) -> None:
-    """Put an empty QLinear (meta device) at every site; raises CheckpointError where the model has no such linear."""
-    from lowbit.models.graph import is_linear, matrix, split_experts
+def install(model: nn.Module, settings: Settings, dtype: torch.dtype) -> None:
+    """Put an empty QLinear (meta device) at every site, and biases where they were added.
+
+    Raises CheckpointError where the model has no such linear.
+    """
+    from lowbit.models.graph import matrix, split_experts
     from lowbit.runtime.linear import QLinear
 
     split_experts(model)
-    for site, spec in specs.items():
+    for name in settings.added:
+        linear = _linear(model, name.removesuffix(".bias"))
+        if not name.endswith(".bias") or linear.bias is not None:
+            raise CheckpointError("is no bias that the model lacks", where=f"config.json: added {name}")
+        linear.bias = nn.Parameter(torch.empty(matrix(linear).shape[0], dtype=dtype, device="meta"), False)
+    for site, spec in settings.specs.items():
         parent, _, leaf = site.rpartition(".")
-        try:
-            old = model.get_submodule(site)
-        except AttributeError:
-            old = None
-        if old is None or not is_linear(old):
-            raise CheckpointError("the model has no such linear", where=f"config.json: {site}")
+        old = _linear(model, site)
         if tuple(matrix(old).shape) != spec.shape:
             raise CheckpointError(
                 f"the spec says {spec.shape}, the model has {tuple(matrix(old).shape)}", where=f"config.json: {site}"
             )
-        setattr(model.get_submodule(parent), leaf, QLinear(spec, old.bias is not None, dtype))
+        new = QLinear(spec, old.bias is not None, dtype, input=settings.inputs.get(site))
+        setattr(model.get_submodule(parent), leaf, new)
+
+
+def _linear(model: nn.Module, site: str) -> Any:
+    from lowbit.models.graph import is_linear
+
+    try:
+        module = model.get_submodule(site)
+    except AttributeError:
+        module = None
+    if module is None or not is_linear(module):
+        raise CheckpointError("the model has no such linear", where=f"config.json: {site}")
+    return module

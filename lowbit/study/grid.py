@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.calibration import text as texts
+from lowbit.calibration.synthetic import identity
 from lowbit.errors import StudyError
 from lowbit.evaluation import protocol
 from lowbit.models.resolve import locate
@@ -171,5 +172,5 @@ def _make_params(common: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     params = {key: common[key] for key in ("model", "model_digest", "dtype")}
     params["recipe"] = recipe.model_dump()
     if recipe.calibrated:
-        params["calibration_digest"] = texts.read(recipe.calibration.text, "calibration").digest
+        params["calibration_digest"] = identity(recipe.calibration.text, common["model_digest"])
     return params

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +22,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowbit import digest
 from lowbit.arrays import Int, Tensor
+from lowbit.calibration import cards
 from lowbit.calibration import text as texts
+from lowbit.calibration.synthetic import calibration_tokens
+from lowbit.calibration.text import Tokens
 from lowbit.errors import ModelError, RecipeError, StudyError, nearest
 from lowbit.evaluation import evidence
 from lowbit.evaluation.attribution import kl_by_block
@@ -32,7 +36,7 @@ from lowbit.io import native
 from lowbit.models.resolve import open_model
 from lowbit.models.source import Source, of_directory
 from lowbit.pipeline.recipe import Recipe
-from lowbit.pipeline.walk import Progress, walk
+from lowbit.pipeline.walk import Progress, prepared, walk
 from lowbit.runtime import facade
 from lowbit.study.worker import Stage, StageContext
 
@@ -57,33 +61,50 @@ def quantize(context: StageContext) -> Mapping[str, Any]:
 
 
 def make(
-    source: Source, recipe: Recipe, out: Path, dtype: torch.dtype, report: Callable[[int, int, str], object]
-) -> dict[str, Any]:
+    source: Source, recipe: Recipe, out: Path, dtype: torch.dtype, report: Callable[[int, int, str], object],
+    *, card: Path | None = None, device: str = "cpu", say: Callable[[str], object] = lambda _: None,
+) -> dict[str, Any]:  # fmt: skip
     """Quantize a source into a native checkpoint and describe the result; nothing is done twice.
 
-    Raises StorageError when ``out`` holds anything else, and what :func:`walk` raises.
+    Statistics come from the recipe's calibration text, or from a ``card`` of this model. ``say`` is told what a user
+    should know meanwhile (memory that ran out). Raises StorageError when ``out`` holds anything else, and
+    what :func:`walk` raises.
     """
     started, cpu = time.perf_counter(), time.process_time()
-    tokens = None
-    if recipe.calibrated:
+    tokens, known = None, None if card is None else cards.read(card)
+    if recipe.calibrated and known is None:
         c = recipe.calibration
-        tokens = texts.sample(texts.read(c.text, "calibration"), source.tokenizer, c.samples, c.length, c.seed)
-    with native.Writer(out, source, recipe, tokens.digest if tokens else None, dtype) as writer:
+        tokens = calibration_tokens(
+            source, c.text, samples=c.samples, length=c.length, seed=c.seed, dtype=dtype, device=device,
+            on_tokens=lambda done, total: report(done, total, "tokens"),
+        )  # fmt: skip
+    source = prepared(source, recipe)
+    calibration = known.digest if known else tokens.digest if tokens else None
+    with native.Writer(out, source, recipe, calibration, dtype) as writer:
         if writer.already_done:
             return {**describe(out), "already_done": True}
         resumed = any(writer.has(block) for block in source.blocks)
         ids = None if tokens is None else tokens.ids
 
         def told(progress: Progress) -> None:
+            if progress.note:
+                say(progress.note)
             report(progress.done, progress.total, "linears")
 
-        walk(source, recipe, ids, writer, dtype=dtype, on_progress=told)
+        walk(source, recipe, ids, writer, card=known, dtype=dtype, device=device, on_progress=told)
         extra = {
-            "calibration_text": None if tokens is None else {"name": tokens.text, "digest": tokens.text_digest},
+            "calibration_text": _origin(tokens, known),
             "seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu, "resumed": resumed,
         }  # fmt: skip
         writer.finish(extra)
     return {**describe(out), "already_done": False}
+
+
+def _origin(tokens: Tokens | None, card: cards.Card | None) -> dict[str, str] | None:
+    """The text that statistics came from, for the manifest."""
+    if card is not None:
+        return {"name": card.about.text, "digest": card.about.text_digest, "card": card.digest}
+    return None if tokens is None else {"name": tokens.text, "digest": tokens.text_digest}
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -101,7 +122,8 @@ def describe(path: Path) -> dict[str, Any]:
         "digest": digest.of_value({name: entry["sha256"] for name, entry in files.items()}),
         "recipe": Recipe.model_validate(manifest["recipe"]).line, "source": manifest["source"],
         "bytes_total": sum(entry["bytes"] for entry in files.values()),
-        "bits_per_weight": 8 * nbytes / weights, "sites": len(sites),
+        "bits_per_weight": 8 * nbytes / weights if sites else 16.0, "sites": len(sites),
+        "notes": dict(Counter(site["note"] for site in sites if site.get("note"))),
         "seconds": manifest["seconds"], "cpu_seconds": manifest["cpu_seconds"], "resumed": manifest["resumed"],
     }  # fmt: skip
 

@@ -46,14 +46,21 @@ def test_sliding_by_the_whole_window_is_windows() -> None:
 
 
 @pytest.mark.parametrize("spelling", ["windows-1024", "llamacpp-512", "sliding-1024-512"])
-def test_a_protocol_has_one_spelling(spelling: str) -> None:
-    assert str(parse(spelling)) == spelling
-    assert cut(spelling, 2048).protocol == spelling
+@pytest.mark.parametrize("chunk", [None, 1, 64])
+def test_a_protocol_has_one_spelling(spelling: str, chunk: int | None) -> None:
+    """Windows are cut alike, however they are run."""
+    whole = spelling if chunk is None else f"{spelling}/chunk-{chunk}"
+    assert str(parse(whole)) == whole
+    assert parse(whole).chunk == chunk
+    assert cut(whole, 2048).protocol == spelling
+    assert cut(whole, 2048).digest == cut(spelling, 2048).digest
 
 
 @pytest.mark.parametrize(
-    "spelling", ["", "windows", "windows-3", "windows-", "llamacpp-0", "sliding-8", "sliding-8-9", "sliding-8-0", "x-8"]
-)
+    "spelling",
+    ["", "windows", "windows-3", "windows-", "llamacpp-0", "sliding-8", "sliding-8-9", "sliding-8-0", "x-8",
+     "windows-8/chunk-0", "windows-8/chunk", "windows-8/chunk-2/chunk-2", "chunk-8"],
+)  # fmt: skip
 def test_what_is_no_protocol_is_refused(spelling: str) -> None:
     with pytest.raises(RecipeError, match="windows-1024"):
         parse(spelling)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import VOCAB
+from tiny import FAMILIES, VOCAB, family_model
 
 import lowbit
 from lowbit.errors import EvidenceError, ModelError
@@ -18,7 +18,9 @@ from lowbit.evaluation.head import Head
 from lowbit.evaluation.metrics.perplexity import log_perplexity
 from lowbit.evaluation.protocol import Windows, parse
 from lowbit.evaluation.scorer import Scorer
+from lowbit.formats.heads import CacheFormat
 from lowbit.runtime.facade import use_kernels
+from lowbit.runtime.kvcache import KVCache
 from tests.evaluation.conftest import KINDS, log_probs, tiny_model
 
 
@@ -168,7 +170,9 @@ def test_the_identity_knows_everything_that_changes_a_number() -> None:
     identities = [
         same, Scorer(model, "v").identity, Scorer(model, "w", batch=2).identity,
         Scorer(copy.deepcopy(model).bfloat16(), "w").identity, Scorer(other_kernels, "w").identity,
-        Scorer(other_attention, "w").identity,
+        Scorer(other_attention, "w").identity, *(Scorer(model, "w", chunk=n).identity for n in (4, 5)),
+        *(Scorer(model, "w", chunk=4, kv=kv).identity for kv in (INT4, CacheFormat("int4-head", "int8-head"))),
+        Scorer(lowbit.quantize(tiny_model("llama"), "rtn:int4-g32+a:int8-token"), "w").identity,
     ]  # fmt: skip
     assert len(set(identities)) == len(identities)
 
@@ -204,3 +208,70 @@ def test_log_likelihoods_of_nothing() -> None:
     for sequence in (([], [1]), ([1], [])):
         with pytest.raises(EvidenceError, match="no tokens"):
             scorer.log_likelihoods([([1], [2]), sequence])
+
+
+# --- through the cache -----------------------------------------------------------------------------------------------
+
+INT4 = CacheFormat.parse("int4-head")
+BY_PARTS = CacheFormat.parse("int2-channel4:int4-head,sink=1,window=3")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_chunks_every_family_says_what_it_says_in_one_pass(name: str, windows: Windows) -> None:
+    """Windows of 40 tokens; Mistral's attention slides over 24."""
+    model, three = family_model(name), replace(windows, ids=windows.ids[:3], first=windows.first[:3])
+    reference = Scorer(model, "w").reference(three)
+    for chunk, batch in ((1, 3), (7, 2), (64, 1)):
+        tokens, provenance = Scorer(model, "w", batch=batch, chunk=chunk).score(three, reference)
+        np.testing.assert_allclose(tokens.nll, reference.tokens.nll, rtol=0, atol=1e-4)
+        assert tokens.kl.max() < 1e-4
+        assert provenance.protocol == f"windows-40/chunk-{chunk}"
+    assert reference.provenance.protocol == "windows-40"
+
+
+@pytest.mark.parametrize(("kv", "chunk"), [(INT4, 16), (BY_PARTS, 16), (BY_PARTS, 3)])
+def test_a_kv_format_is_what_the_models_own_logits_say_through_it(
+    kv: CacheFormat, chunk: int, windows: Windows
+) -> None:
+    model, windows = tiny_model("llama"), replace(windows, ids=windows.ids[:2], first=windows.first[:2])
+    reference = Scorer(model, "w").reference(windows)
+    tokens, _ = Scorer(model, "w", batch=2, kv=kv, chunk=chunk).score(windows, reference)
+    found = []
+    for row in windows.ids:
+        cache = KVCache(model.config, kv)
+        with torch.inference_mode():
+            parts = [model(part[None], past_key_values=cache).logits for part in row.split(chunk)]
+        found.append(torch.log_softmax(torch.cat(parts, dim=1).double(), dim=-1))
+    q, p = scored(torch.cat(found), windows), scored(log_probs(model, windows.ids), windows)
+    np.testing.assert_allclose(tokens.nll, -q[np.arange(len(q)), tokens.token], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(tokens.kl, (np.exp(p) * (p - q)).sum(-1), rtol=1e-3, atol=1e-4)
+    assert tokens.kl.mean() > 1e-2
+
+
+def test_a_chunk_matters_only_to_formats_that_keep_recent_tokens_raw(windows: Windows) -> None:
+    model, windows = tiny_model("llama"), replace(windows, ids=windows.ids[:, :24])
+    reference = Scorer(model, "w").reference(windows)
+
+    def kl(kv: CacheFormat, chunk: int) -> float:
+        return float(Scorer(model, "w", batch=5, kv=kv, chunk=chunk).score(windows, reference)[0].kl.mean())
+
+    assert kl(INT4, 2) == pytest.approx(kl(INT4, 24), rel=1e-3)
+    assert kl(BY_PARTS, 1) < 0.9 * kl(BY_PARTS, 24)
+
+
+def test_log_likelihoods_go_through_the_cache_too() -> None:
+    model = tiny_model("llama")
+    plain, rounded = Scorer(model, "w", batch=4, chunk=2), Scorer(model, "w", batch=4, kv=INT4, chunk=2)
+    for (whole, _), (found, _) in zip(
+        Scorer(model, "w").log_likelihoods(SEQUENCES), plain.log_likelihoods(SEQUENCES), strict=True
+    ):
+        near(found.numpy(), whole.numpy())
+    changed = torch.cat([values for values, _ in rounded.log_likelihoods(SEQUENCES)])
+    assert float((changed - torch.cat([v for v, _ in plain.log_likelihoods(SEQUENCES)])).abs().max()) > 1e-2
+
+
+def test_a_kv_format_needs_a_chunk() -> None:
+    with pytest.raises(EvidenceError, match=r"no cache is ever read[\s\S]*chunk-64"):
+        Scorer(tiny_model("llama"), "w", kv=INT4)
+    with pytest.raises(EvidenceError, match="a chunk of 0 tokens"):
+        Scorer(tiny_model("llama"), "w", chunk=0)

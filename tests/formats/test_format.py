@@ -6,37 +6,22 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from coding import code, gaussian, nmse
 
-from lowbit.errors import FormatError, RecipeError
+from lowbit.errors import FormatError
 from lowbit.formats.blocks import Block
-from lowbit.formats.format import Format, Stored
-from lowbit.formats.grids import IntGrid, Table
+from lowbit.formats.format import Format
+from lowbit.formats.grids import IntGrid, Table, table_values
 from lowbit.formats.presets import PRESETS, preset
-from lowbit.formats.qtensor import Affine, Lookup
+from lowbit.formats.qtensor import Affine, Lookup, Raw
 
 INTEGERS = sorted(name for name in PRESETS if name.startswith("int"))
 OTHERS = sorted(set(PRESETS) - set(INTEGERS))
+SPELLED = [
+    "int4-g64-z16", "int2-row-z16", "nf4-g64", "af4-g64", "fp4-g32", "fp4-e3m0-g64", "fp3-e2m0-row", "fp8-e5m2-g64",
+    "dynamic3-g64", "dynamic4-tensor", "dynamic8-g128", "quantile3-row", "quantile4-g64", "ternary-g64",
+]  # fmt: skip
 SHAPES = [(33, 100), (48, 172), (16, 256), (1, 7)]
-
-
-def gaussian(rows: int = 64, columns: int = 4096, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-
-
-def code(fmt: Format, w: torch.Tensor, clip: int = 0, importance: torch.Tensor | None = None) -> torch.Tensor:
-    """What is left of a matrix."""
-    return fmt.encode(w, fmt.fit(w, importance, clip)).decode()
-
-
-def nmse(fmt: Format, w: torch.Tensor, clip: int = 0) -> float:
-    return float((code(fmt, w, clip) - w).square().sum() / w.square().sum())
-
-
-def block_error(fmt: Format, w: torch.Tensor, got: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    error = (got - w).square() if weights is None else (got - w).square() * weights
-    return fmt.block.split(error).sum(-1)
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
@@ -48,7 +33,9 @@ def block_error(fmt: Format, w: torch.Tensor, got: torch.Tensor, weights: torch.
         ("nf4", 4.5), ("fp4", 4.5), ("nf4-dq", 4.127), ("fp4-dq", 4.127), ("int4-g128", 4.15625), ("int4-g64", 4.3125),
         ("int3-g64", 3.296875), ("int2-g128", 2.140625), ("int4-g128-sym", 4.125), ("mxfp4", 4.25), ("mxfp8", 8.25),
         ("nvfp4", 4.5), ("fp4-e2m1", 4.5), ("int8-row", 8 + 24 / 4096), ("int8-row-sym", 8 + 16 / 4096),
-        ("fp8-e4m3", 8 + 32 / 4096), ("ternary", 1.6 + 16 / 128),
+        ("fp8-e4m3", 8 + 32 / 4096), ("ternary", 1.6 + 16 / 128), ("int4-g64-z16", 4.5), ("int3-g64-z16", 3.5),
+        ("nf4-g64", 4.25), ("fp4-e3m0-g64", 4.25), ("fp3-e2m0-g64", 3.25), ("fp8-e5m2-g64", 8.5),
+        ("quantile4-g64", 4.25 + 16 * 16 / 4096**2),
     ],
 )  # fmt: skip
 def test_bits_per_weight_are_the_published_ones(name: str, bits: float) -> None:
@@ -56,7 +43,7 @@ def test_bits_per_weight_are_the_published_ones(name: str, bits: float) -> None:
     assert preset(name).bits_per_weight((4096, 4096)) == pytest.approx(bits, abs=slack)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*PRESETS, *SPELLED])
 def test_a_plan_knows_the_exact_bytes(name: str) -> None:
     fmt = preset(name)
     for shape in SHAPES:
@@ -77,19 +64,37 @@ def test_the_noise_ladder_of_asymmetric_groups_of_128(bits: int, expected: float
 
 @pytest.mark.parametrize(
     ("name", "entropy", "expected"),
-    [("nf4", 3.884, 0.00845), ("fp4", 3.709, 0.01487), ("fp4-e2m1", 3.817, 0.01117), ("int4-g64-sym", 3.499, 0.01159),
-     ("int4-g64", 3.754, 0.00830)],
+    [("nf4-g64", 3.884, 0.00845), ("fp4-g64", 3.709, 0.01487), ("fp4-e2m1-g64", 3.817, 0.01117),
+     ("int4-g64-sym", 3.499, 0.01159), ("int4-g64", 3.754, 0.00830), ("af4-g64", 3.882, 0.00915),
+     ("dynamic4-g64", 3.545, 0.01943)],
 )  # fmt: skip
 def test_error_and_entropy_of_4_bit_formats_in_blocks_of_64(name: str, entropy: float, expected: float) -> None:
-    fmt, w = dataclasses.replace(preset(name), block=Block("group", (64,))), gaussian()
-    q = fmt.encode(w, fmt.fit(w))
+    fmt, w = preset(name), gaussian()
     assert nmse(fmt, w) == pytest.approx(expected, rel=0.02)
+    assert entropy_of_values(fmt, w) == pytest.approx(entropy, rel=0.02)
+
+
+def entropy_of_values(fmt: Format, w: torch.Tensor) -> float:
+    """Bits a weight, over distinct values: the two zeros of a float count as one."""
+    q = fmt.encode(w, fmt.fit(w))
     assert isinstance(q, Affine | Lookup)
-    codes = q.codes.unpack().long()
-    # The published entropies are of values: the two zeros of a float count as one.
-    symbols = codes if isinstance(fmt.grid, IntGrid) else fmt.grid.lookup(codes).unique(return_inverse=True)[1]
+    symbols = q.codes.unpack().long()
+    if isinstance(q, Lookup):
+        table = q.table if isinstance(q.table, torch.Tensor) else torch.tensor(table_values(q.table))
+        symbols = table[symbols].unique(return_inverse=True)[1]
     p = symbols.flatten().bincount().double() / symbols.numel()
-    assert float(-(p[p > 0] * p[p > 0].log2()).sum()) == pytest.approx(entropy, rel=0.02)
+    return float(-(p[p > 0] * p[p > 0].log2()).sum())
+
+
+@pytest.mark.parametrize(("bits", "least"), [(3, 2.7), (4, 3.85), (8, 7.98)])
+def test_quantile_codes_carry_the_most_information(bits: int, least: float) -> None:
+    w = gaussian()
+    entropy = {kind: entropy_of_values(preset(f"{kind}{bits}-g64"), w) for kind in ("quantile", "dynamic", "int")}
+    assert bits > entropy["quantile"] > max(least, entropy["dynamic"], entropy["int"])
+
+
+def test_e3m0_has_thrice_the_error_of_e2m1() -> None:
+    assert nmse(preset("fp4-e3m0-g64"), gaussian()) == pytest.approx(0.0354, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +105,23 @@ def test_error_by_block_size(block: int, nf4: float, int4: float) -> None:
     group, w = Block("group", (block,)), gaussian(256)
     assert nmse(dataclasses.replace(preset("nf4"), block=group), w) == pytest.approx(nf4, rel=0.02)
     assert nmse(dataclasses.replace(preset("int4-g64-sym"), block=group), w) == pytest.approx(int4, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["int", "dynamic", "quantile"])
+def test_smaller_blocks_gain_half_of_what_a_fifth_bit_would(kind: str) -> None:
+    """Blocks of 64 instead of 1024 cost 0.23 bits; arXiv 2212.09720 finds them worth about a bit of perplexity."""
+    w, suffix = gaussian(), "-sym" if kind == "int" else ""
+    wide, narrow, more = (nmse(preset(f"{kind}{b}-g{g}{suffix}"), w) for b, g in ((4, 1024), (4, 64), (5, 1024)))
+    assert wide - narrow > 0.45 * (wide - more)
+
+
+@pytest.mark.parametrize("name", ["nf4-g64", "int4-g64-sym", "fp4-e2m1-g64", "quantile4-g64"])
+def test_centring_gains_nothing(name: str) -> None:
+    w = gaussian() * 0.02 + 1e-4
+    centred = preset(name).quantize_scale  # any matrix may be coded as a scale is
+    kept = dataclasses.replace(preset(name), centred=True).quantize_scale(w).decode()
+    error = [float((got - w).square().sum()) for got in (centred(w).decode(), kept)]
+    assert error[1] == pytest.approx(error[0], rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -117,12 +139,15 @@ def test_a_one_sided_group_comes_back(name: str, sign: int) -> None:
     assert float(code(preset(name), w).mean()) == pytest.approx(sign * 10.5, abs=0.3)
 
 
-@pytest.mark.parametrize("name", [n for n in PRESETS if not n.startswith(("int2", "int3", "tern"))])
+@pytest.mark.parametrize("name", [*(n for n in PRESETS if not n.startswith(("int2", "int3", "tern"))), *SPELLED])
 def test_groups_of_zeros_stay_zero(name: str) -> None:
     w = gaussian(4, 256)
     w[1] = 0
     w[2, :128] = 0
     got = code(preset(name), w)
+    if name == "int2-row-z16":  # a fractional zero point has no code of its own
+        assert not got[1].any()
+        return
     if name.endswith("-dq"):  # a decoded scale is near zero, not zero; the codes are
         assert got[1].abs().max() < 1e-2
     else:
@@ -145,7 +170,7 @@ def test_power_of_two_scaling_commutes_with_coding(name: str) -> None:
     assert torch.equal(code(preset(name), w * 2.0**-20), code(preset(name), w) * 2.0**-20)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*PRESETS, *SPELLED])
 def test_values_that_are_not_finite_are_refused(name: str) -> None:
     for bad in (float("nan"), float("inf"), -float("inf")):
         w = gaussian(4, 256)
@@ -170,7 +195,7 @@ def test_only_matrices_are_taken(shape: tuple[int, ...]) -> None:
 # --- coding ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*OTHERS, "int4-g64", "int3-g32-sym", "int8-row", "int2-tensor"])
+@pytest.mark.parametrize("name", [*OTHERS, *SPELLED, "int4-g64", "int3-g32-sym", "int8-row", "int2-tensor"])
 def test_coding_what_was_coded_changes_nothing(name: str) -> None:
     fmt, w = preset(name), gaussian(16, 200)
     params = fmt.fit(w)
@@ -179,7 +204,7 @@ def test_coding_what_was_coded_changes_nothing(name: str) -> None:
     torch.testing.assert_close(again.decode(), once.decode(), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("name", [*OTHERS, "int4-g64", "int4-g64-sym", "int8-row", "int2-tensor"])
+@pytest.mark.parametrize("name", [*OTHERS, *SPELLED, "int4-g64", "int4-g64-sym", "int8-row", "int2-tensor"])
 def test_every_value_goes_to_the_nearest_that_its_block_has(name: str) -> None:
     fmt, w = preset(name), gaussian(6, 70)
     params = fmt.fit(w)
@@ -188,7 +213,7 @@ def test_every_value_goes_to_the_nearest_that_its_block_has(name: str) -> None:
         zero = params.zero if params.zero is not None else torch.full_like(params.step, fmt.grid.offset)
         levels = torch.arange(fmt.grid.levels) - fmt.block.spread(zero, (6, 70)).expand(6, 70).unsqueeze(-1)
     else:
-        values = torch.tensor(fmt.grid.values)
+        values = torch.tensor(fmt.grid.values) if isinstance(fmt.grid, Table) else params.table
         levels = values[~values.isnan()].expand(6, 70, -1)
     choices = levels * step.unsqueeze(-1)
     least = (choices - w.unsqueeze(-1)).abs().amin(-1)
@@ -196,110 +221,65 @@ def test_every_value_goes_to_the_nearest_that_its_block_has(name: str) -> None:
     assert (error <= least + 1e-6 * step.abs()).all()
 
 
-@pytest.mark.parametrize("name", ["int4-g64", "int3-g64-sym", "nf4", "fp8-e4m3", "ternary"])
+@pytest.mark.parametrize(
+    "name", ["int4-g64", "int3-g64-sym", "int4-g64-z16", "nf4", "fp8-e4m3", "ternary", "quantile4-g64"]
+)
 def test_the_fast_snapper_is_snap(name: str) -> None:
     fmt, w = preset(name), gaussian(32, 256)
     w[3] = 0
     params = fmt.fit(w)
     step, zero = params.step.t().contiguous(), None if params.zero is None else params.zero.t().contiguous()
-    snap, codes, out = fmt.snapper(step, zero), torch.empty(32), torch.empty(32)
+    snap, codes, out = fmt.snapper(step, zero, params.table), torch.empty(32), torch.empty(32)
     for block in range(len(step)):
         values = gaussian(1, 32, seed=block)[0]
-        expected = fmt.snap(values, step[block], None if zero is None else zero[block])
+        expected = fmt.snap(values, step[block], None if zero is None else zero[block], params.table)
         snap(values, block, codes, out)
         assert torch.equal(codes, expected.codes.float())
         assert torch.equal(out, expected.values)
 
 
-def test_groups_fitted_apart_join_to_the_whole() -> None:
-    fmt, w = preset("int4-g64"), gaussian(8, 150)
+def test_estimated_values_must_be_given() -> None:
+    fmt, w = preset("quantile4-g64"), gaussian(4, 64)
+    params = fmt.fit(w)
+    for use in (lambda: fmt.snap(w, params.step, None), lambda: fmt.snapper(params.step, None)):
+        with pytest.raises(FormatError, match="estimated"):
+            use()
+    with pytest.raises(FormatError, match="estimated"):
+        fmt.assemble(torch.zeros(4, 64, dtype=torch.uint8), dataclasses.replace(params, table=None))
+
+
+def test_a_16_bit_zero_is_stored_and_read_as_it_was_used() -> None:
+    fmt, w = preset("int3-g64-z16"), gaussian(8, 150) + 0.5
+    params = fmt.fit(w)
+    q = fmt.encode(w, params)
+    assert isinstance(q, Affine)
+    assert isinstance(q.zero, Raw)
+    assert torch.equal(q.zero.data, params.zero.half())
+    assert torch.equal(
+        q.decode(), fmt.snap(w, *(fmt.block.spread(p, (8, 150)) for p in (params.step, params.zero))).values
+    )
+    low, high = fmt.block.split(w).amin(-1), fmt.block.split(w).amax(-1)
+    values = fmt.block.split(q.decode())
+    torch.testing.assert_close(values.amin(-1), low.clamp(max=0), atol=3e-3, rtol=0)  # both ends are met, with a whole
+    torch.testing.assert_close(values.amax(-1), high, atol=3e-3, rtol=0)  # zero one of them is half a step off
+
+
+@pytest.mark.parametrize("name", ["int4-g64", "int4-g64-z16"])
+def test_groups_fitted_apart_join_to_the_whole(name: str) -> None:
+    fmt, w = preset(name), gaussian(8, 150)
     whole = fmt.fit(w)
     joined = fmt.join([fmt.fit(w[:, i : i + 64]) for i in (0, 64, 128)])
     assert torch.equal(fmt.encode(w, joined).decode(), fmt.encode(w, whole).decode())
     with pytest.raises(FormatError, match="coded"):
         preset("nf4-dq").join([preset("nf4-dq").fit(w)])
+    with pytest.raises(FormatError, match="estimated"):
+        preset("quantile4-g64").join([preset("quantile4-g64").fit(w)])
 
 
 def test_power_of_two_scales_round_down_as_ocp_says() -> None:
     w = torch.zeros(3, 32)
     w[:, 0] = torch.tensor([6.0, 7.9, 8.0])  # e2m1 tops out at 6 = 1.5 * 2^2
     assert preset("mxfp4").fit(w).step.flatten().tolist() == [1.0, 1.0, 2.0]
-
-
-# --- clip search -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("name", ["int2-g64", "int3-g64-sym", "int4-row", "nf4", "fp4-e2m1", "mxfp4", "fp8-e4m3"])
-def test_a_search_never_increases_its_own_error(name: str, weighted: bool) -> None:
-    fmt, w = preset(name), gaussian(16, 200)
-    w[:, 5] *= 6
-    importance = torch.rand(200, generator=torch.Generator().manual_seed(2)).square() if weighted else None
-    before = block_error(fmt, w, code(fmt, w, 0), importance)
-    after = block_error(fmt, w, code(fmt, w, 20, importance), importance)
-    assert (after <= before * (1 + 1e-4)).all()
-    assert after.sum() < before.sum() * 0.999
-
-
-@pytest.mark.parametrize("name", ["nvfp4", "nf4-dq"])
-def test_a_search_helps_formats_whose_scales_are_coded(name: str) -> None:
-    assert nmse(preset(name), gaussian(), clip=10) < 0.95 * nmse(preset(name), gaussian())
-
-
-def test_a_search_does_not_depend_on_how_rows_are_chunked() -> None:
-    fmt, w = preset("int3-g64"), gaussian(300, 2048)  # more than one chunk
-    some = code(fmt, w[250:], 8)
-    torch.testing.assert_close(code(fmt, w, 8)[250:], some, atol=0, rtol=0)
-
-
-def test_importance_changes_the_choice() -> None:
-    fmt, w = preset("int2-g64"), gaussian(8, 64)
-    w[:, 0] = 8.0
-    high, low = torch.ones(64), torch.ones(64)
-    high[0], low[0] = 1e4, 1e-4
-    outlier_matters, bulk_matters = code(fmt, w, 20, high), code(fmt, w, 20, low)
-    assert (outlier_matters - w)[:, 0].abs().max() < (bulk_matters - w)[:, 0].abs().min()
-    assert block_error(fmt, w, bulk_matters, low).sum() < block_error(fmt, w, outlier_matters, low).sum()
-
-
-def test_importance_works_where_blocks_cross_rows() -> None:
-    fmt = Format("flat", IntGrid(3, False), Block("flat", (48,)), Stored(torch.float32))
-    w, importance = gaussian(7, 50), torch.linspace(0.1, 3, 50)
-    before, after = (block_error(fmt, w, code(fmt, w, clip, importance), importance) for clip in (0, 20))
-    assert (after <= before * (1 + 1e-4)).all()
-
-
-def test_ternary_is_searched_without_being_asked() -> None:
-    plain = dataclasses.replace(preset("ternary"), least_clip_steps=0)
-    assert nmse(preset("ternary"), gaussian()) < 0.5 * nmse(plain, gaussian())
-    assert nmse(preset("ternary"), gaussian()) == pytest.approx(0.19, abs=0.005)  # Lloyd-Max of 3 levels: 0.1902
-
-
-# --- presets ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_found_by_its_own_name(name: str) -> None:
-    assert preset(name) is PRESETS[name]
-    assert preset(name).name == name
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.integers(2, 8), st.integers(1, 300), st.booleans())
-def test_any_group_size_is_a_format(bits: int, group: int, symmetric: bool) -> None:
-    fmt = preset(f"int{bits}-g{group}{'-sym' if symmetric else ''}")
-    assert (fmt.grid, fmt.block) == (IntGrid(bits, symmetric), Block("group", (group,)))
-    w = gaussian(3, 50)
-    q = fmt.encode(w, fmt.fit(w))
-    assert q.nbytes == fmt.nbytes((3, 50))
-
-
-@pytest.mark.parametrize(
-    ("name", "hint"), [("int4-g12O", "int4-g128"), ("nf5", "nf4"), ("int9-row", "int8-row"), ("int4-g0", "int4-g")]
-)
-def test_an_unknown_spelling_names_the_nearest(name: str, hint: str) -> None:
-    with pytest.raises(RecipeError, match=hint):
-        preset(name)
 
 
 def test_an_integer_grid_without_a_scale_is_refused() -> None:

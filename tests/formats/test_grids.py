@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
 
 from lowbit.errors import RecipeError
-from lowbit.formats.grids import IntGrid, Table, table_values
+from lowbit.formats.grids import Codebook, IntGrid, Quantile, Table, table_values
 
 # QLoRA's table as printed, to seven digits.
 NF4 = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
        0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]  # fmt: skip
 FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-TABLES = ["nf4", "fp4", "dynamic8", "ternary", "e2m1", "e3m0", "e3m2", "e4m3", "e5m2"]
+TABLES = [
+    "nf4",
+    "af4",
+    "fp4",
+    "dynamic3",
+    "dynamic8",
+    "ternary",
+    "e2m0",
+    "e1m1",
+    "e2m1",
+    "e3m0",
+    "e3m2",
+    "e4m3",
+    "e5m2",
+]
 
 
 def finite(name: str) -> torch.Tensor:
@@ -31,6 +46,28 @@ def test_nf4_is_the_published_table_and_its_formula() -> None:
     negative = -norm.ppf(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
     formula = sorted([*(positive / positive[0]), 0.0, *(negative / positive[0])])
     torch.testing.assert_close(values, torch.tensor(formula, dtype=torch.float64), atol=1.2e-7, rtol=0)
+
+
+def test_af4_holds_the_medians_of_what_rounds_to_each_value() -> None:
+    """Its definition: the least mean absolute error of N(0, 1) divided by the largest magnitude m of its block of 64.
+
+    Given m, the others are a Gaussian cut off at m; F averages those over the density of m. Each side of the table is
+    the best one between its end and zero, where -1, 0 and 1 are given: cells end at zero.
+    """
+    m = np.linspace(0.5, 7, 2001)
+    within = 2 * norm.cdf(m) - 1
+    density = norm.pdf(m) * within**63
+    values = np.array(table_values("af4"))
+    edges = (values[:-1] + values[1:]) / 2
+    edges[[6, 7]] = 0
+
+    def below(x: np.ndarray) -> np.ndarray:
+        share = (norm.cdf(np.outer(x, m)) - norm.cdf(-m)) / within
+        return np.trapezoid(share * density, m) / np.trapezoid(density, m)
+
+    at_edge, at_value = below(edges), below(values)
+    for i in [*range(1, 7), *range(8, 15)]:
+        assert at_value[i] == pytest.approx((at_edge[i - 1] + at_edge[i]) / 2, abs=2e-5)
 
 
 def test_fp4_is_bitsandbytes_and_not_e2m1() -> None:
@@ -69,6 +106,20 @@ def test_dynamic8_has_256_sorted_values_from_the_published_ends() -> None:
     assert list(values) == sorted(values)
     assert (values[0], values[-1], values[127]) == (pytest.approx(-0.99296875), 1.0, 0.0)
     assert min(v for v in values if v > 0) == pytest.approx(0.55e-6)
+
+
+def test_the_dynamic_maps_of_other_widths() -> None:
+    """A sign; per decade a run of zeros shorter by one leaves the fraction a bit more; then zero and one."""
+    assert table_values("dynamic3") == pytest.approx(
+        sorted([0, 1, *(s * v for s in (1, -1) for v in (0.055, 0.325, 0.775))])
+    )
+    for bits in range(3, 9):
+        values = table_values(f"dynamic{bits}")
+        assert len(set(values)) == 1 << bits
+        assert list(values) == sorted(values)
+        assert values[(1 << bits) // 2 - 1] == 0
+        decades = [sum(10.0**-e > v > 10.0 ** -(e + 1) for v in values) for e in range(bits - 1)]
+        assert decades == [1 << (bits - 2 - e) for e in range(bits - 1)]
 
 
 def test_e8m0_is_powers_of_two_and_a_nan() -> None:
@@ -115,7 +166,46 @@ def test_ternary_and_tops() -> None:
     assert (IntGrid(4, True).levels, IntGrid(4, True).offset, IntGrid(4, True).top) == (16, 8, 7.0)
 
 
-@pytest.mark.parametrize("name", ["nf5", "e9m1", "e4m4", "", "e2m1x"])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_estimated_quantiles_are_the_middles_of_equal_shares(bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 500, generator=generator) * 0.3 + 0.02
+    n = (1 << bits) + 1
+    edges = np.quantile(x.numpy(), np.arange(1, n + 1) / n)  # from the first to the last, the lowest share left out
+    expected = (edges[:-1] + edges[1:]) / 2
+    expected[np.abs(expected).argmin()] = 0
+    expected = np.where(expected > 0, expected / expected.max(), expected / -expected.min())
+    values = Quantile(bits).estimate(x)
+    assert values.tolist() == pytest.approx(expected.tolist(), abs=2e-3)
+    assert torch.equal(values, values.half().float())
+    assert (len(values), values[0], values[-1], int((values == 0).sum())) == (1 << bits, -1, 1, 1)
+
+
+def test_quantiles_of_a_large_weight_are_estimated_from_a_part_spread_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(300, 333, generator=torch.Generator().manual_seed(0))
+    whole = Quantile(4).estimate(x)
+    monkeypatch.setattr(Quantile, "_SAMPLE", 20_000)
+    assert not torch.equal(Quantile(4).estimate(x), whole)
+    torch.testing.assert_close(Quantile(4).estimate(x), whole, atol=0.05, rtol=0)
+
+
+def test_quantiles_of_one_sided_and_of_constant_weights_are_finite() -> None:
+    for x in (torch.rand(64, 64), -torch.rand(64, 64), torch.ones(8, 8), torch.zeros(8, 8), torch.ones(1, 1)):
+        values = Quantile(4).estimate(x)
+        assert values.isfinite().all()
+        assert (values == 0).any()
+        assert values.abs().max() <= 1
+
+
+def test_a_stored_table_is_searched_as_a_named_one() -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    book, table = Codebook.of(torch.tensor(table_values("nf4"))), Table("nf4")
+    assert torch.equal(book.nearest(x), table.nearest(x))
+    assert torch.equal(book.round(x), table.round(x))
+    assert torch.equal(book.lookup(book.nearest(x)), book.round(x))
+
+
+@pytest.mark.parametrize("name", ["nf5", "e9m1", "e4m4", "", "e2m1x", "dynamic2", "dynamic9", "quantile4"])
 def test_an_unknown_table_is_refused(name: str) -> None:
     with pytest.raises(RecipeError, match="unknown table"):
         table_values(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from typing import Any
@@ -11,67 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trees import SOME, TREES, coded, edited, matrix, parts_of, set_leaf, with_outliers
 
 from lowbit.errors import FormatError
 from lowbit.formats.blocks import Block
 from lowbit.formats.pack import Codes
-from lowbit.formats.presets import PRESETS, preset
-from lowbit.formats.qtensor import Affine, Columns, Lookup, QTensor, Raw, Sum, build
+from lowbit.formats.qtensor import NODES, Affine, Raw, build
 from lowbit.formats.spec import Spec
 
 SHAPES = [(33, 100), (48, 172), (16, 256)]
-
-
-def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-
-
-def coded(name: str, w: torch.Tensor) -> QTensor:
-    fmt = preset(name)
-    return fmt.encode(w, fmt.fit(w))
-
-
-def with_outliers(w: torch.Tensor, index: list[int]) -> Sum:
-    """As LLM.int8() splits a weight: some columns in 16 bit, the rest in int8."""
-    kept = torch.tensor(index, dtype=torch.int64)
-    rest = w.clone()
-    rest[:, kept] = 0
-    columns = Columns(tuple(w.shape), kept, Raw.of(w[:, kept].half()))
-    return Sum(tuple(w.shape), (coded("int8-row-sym", rest), columns))
-
-
-def stored_table(w: torch.Tensor) -> Lookup:
-    shape = tuple(w.shape)
-    codes = (w > 0).long() + 2 * (w.abs() > 1).long()
-    return Lookup(
-        shape, Codes.of(codes, 4), torch.tensor([-0.5, 0.5, -1.5, 1.5]), Raw.of(torch.ones(1, 1)), Block("tensor")
-    )
-
-
-def series(w: torch.Tensor, *names: str) -> Sum:
-    """Each format codes what those before it left."""
-    terms: list[QTensor] = []
-    for name in names:
-        terms.append(coded(name, w - sum(term.decode() for term in terms)))
-    return Sum(tuple(w.shape), tuple(terms))
-
-
-TREES: dict[str, Callable[[torch.Tensor], QTensor]] = {
-    "raw": Raw.of,
-    "outliers": lambda w: with_outliers(w, [3, 0, 17]),
-    "no outliers": lambda w: with_outliers(w, []),
-    "series": lambda w: series(w, "int4-g64", "int2-row"),
-    "stored table": stored_table,
-    "nested sum": lambda w: Sum(tuple(w.shape), (with_outliers(w, [1]), coded("nf4-dq", w))),
-}  # fmt: skip
-TREES |= {name: (lambda w, name=name: coded(name, w)) for name in PRESETS}
-SOME = [name for name in TREES if not name.startswith("int")] + [
-    "int2-tensor", "int3-g64", "int4-row", "int5-g32-sym", "int6-tensor-sym", "int7-g128", "int8-row-sym",
-]  # fmt: skip
-
-
-def parts_of(q: QTensor) -> dict[str, torch.Tensor]:
-    return {part.path: part.data for part in q.parts()}
 
 
 # --- round trips -----------------------------------------------------------------------------------------------------
@@ -121,6 +68,12 @@ def test_map_touches_every_stored_tensor_once(kind: str) -> None:
         a.data.data_ptr() != b.data.data_ptr() for a, b in zip(copied.parts(), q.parts(), strict=True) if a.data.numel()
     )
     assert q.map(lambda t: t.to("meta")).nbytes == q.nbytes
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.double, lambda t: t[:1]])
+def test_map_moves_parts_and_does_not_change_them(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    with pytest.raises(FormatError, match=r"a part of torch\.float32 \(2, 3\) became"):
+        Raw.of(matrix(2, 3)).map(change)
 
 
 @pytest.mark.parametrize("kind", SOME)
@@ -179,12 +132,6 @@ def test_raw_stands_for_the_whole_of_a_dimension() -> None:
 # --- hostile specs ---------------------------------------------------------------------------------------------------
 
 
-def edited(q: QTensor, change: Callable[[dict[str, Any]], object]) -> Any:
-    value = copy.deepcopy(q.spec().to_json())
-    change(value)
-    return json.loads(json.dumps(value))
-
-
 def deep(levels: int) -> dict[str, Any]:
     value: dict[str, Any] = {"node": "Sum", "shape": [1, 1], "static": {}, "leaves": [], "children": {}}
     return value if levels == 0 else {**value, "children": {"0": deep(levels - 1)}}
@@ -219,10 +166,6 @@ LEAF = ["codes", "uint8", [16, 50], 100, 16]  # of int4-g64 at (16, 100)
 def test_json_that_is_no_spec_is_refused(value: Any) -> None:
     with pytest.raises(FormatError):
         Spec.from_json(value)
-
-
-def set_leaf(v: dict[str, Any], name: str, at: int | slice, value: Any) -> None:
-    next(leaf for leaf in v["leaves"] if leaf[0] == name)[at] = value
 
 
 def set_scale(v: dict[str, Any], at: int | slice, value: Any) -> None:
@@ -285,13 +228,17 @@ def test_stored_integers_are_no_values() -> None:
         build(q.spec(), parts_of(q))
 
 
-@settings(deadline=None, max_examples=80)
+FUZZED = [
+    "int3-g64", "nf4-dq", "outliers", "ternary", "nvfp4", "stored table", "fractional zeros", "low rank", "sparse",
+    "rotated", "gathered", "nested", "repacked extra",
+]  # fmt: skip
+
+
+@settings(deadline=None, max_examples=160)
 @given(st.data())
 def test_whatever_is_edited_either_is_refused_or_decodes(data: st.DataObject) -> None:
     """Random edits of valid specs: a tree that builds decodes to its shape; nothing else than FormatError is raised."""
-    q = TREES[data.draw(st.sampled_from(["int3-g64", "nf4-dq", "outliers", "ternary", "nvfp4", "stored table"]))](
-        matrix(8, 100)
-    )
+    q = TREES[data.draw(st.sampled_from(FUZZED))](matrix(8, 100))
     value: Any = q.spec().to_json()
     for _ in range(data.draw(st.integers(1, 3))):
         node = value
@@ -299,13 +246,13 @@ def test_whatever_is_edited_either_is_refused_or_decodes(data: st.DataObject) ->
             node = node["children"][data.draw(st.sampled_from(sorted(node["children"])))]
         key = data.draw(st.sampled_from(["node", "shape", "static", "leaf"]))
         if key == "node":
-            node["node"] = data.draw(st.sampled_from(["Raw", "Affine", "Lookup", "Sum", "Columns"]))
+            node["node"] = data.draw(st.sampled_from(list(NODES)))
         elif key == "shape":
             node["shape"] = data.draw(st.lists(st.sampled_from([0, 1, 2, 8, 100, 200]), min_size=1, max_size=3))
         elif key == "static":
-            field = data.draw(st.sampled_from(["block", "table"]))
+            field = data.draw(st.sampled_from(["block", "table", "size", "bits", "extra"]))
             texts = ["row", "tensor", "group:64", "group:3", "flat:256", "nf4", "e4m3", "ternary", ""]
-            node["static"][field] = data.draw(st.sampled_from(texts))
+            node["static"][field] = data.draw(st.sampled_from([*texts, True, -1, 0, 2, 3, 4, 1 << 40]))
         elif node["leaves"]:
             leaf = data.draw(st.sampled_from(node["leaves"]))
             leaf[3:] = data.draw(st.sampled_from([[None, None], [100, 16], [100, 3], [100, 8], [8, 256], [2, 2]]))

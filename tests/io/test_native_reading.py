@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import lowbit
 from lowbit import digest
 from lowbit.errors import CheckpointError
-from lowbit.io.native import is_native, qtensors, site_specs, verify
+from lowbit.io.native import is_native, qtensors, settings, verify
 
 BLOCK = "lowbit-block-00001.safetensors"
 Q = "model.layers.1.self_attn.q_proj"
@@ -57,8 +57,10 @@ def in_config(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], No
     return lambda root: edit(root / "config.json", lambda c: change(c["quantization_config"]))
 
 
-def in_shard(change: Callable[[dict[str, torch.Tensor], dict[str, Any]], object]) -> Callable[[Path], None]:
-    return lambda root: rewrite(root / BLOCK, change)
+def in_shard(
+    change: Callable[[dict[str, torch.Tensor], dict[str, Any]], object], name: str = BLOCK
+) -> Callable[[Path], None]:
+    return lambda root: rewrite(root / name, change)
 
 
 def absurd_size(tensors: dict[str, torch.Tensor], held: dict[str, Any]) -> None:
@@ -83,7 +85,7 @@ def other_site(tensors: dict[str, torch.Tensor], held: dict[str, Any]) -> None:
         (lambda root: (root / BLOCK).unlink(), f"the file '{BLOCK}' is missing"),
         (lambda root: (root / "lowbit.json").write_text("{"), r"lowbit\.json: is not JSON"),
         (lambda root: (root / "model.safetensors.index.json").unlink(), r"index\.json: does not exist"),
-        (in_manifest(lambda m: m.update(version=2)), r"lowbit\.json: version is 2, this lowbit reads 1"),
+        (in_manifest(lambda m: m.update(version=3)), r"lowbit\.json: version is 3, this lowbit reads \(1, 2\)"),
         (in_manifest(lambda m: m.pop("version")), "version is None"),
         (in_manifest(lambda m: m.update(files=[])), "files is no table"),
         (in_manifest(lambda m: m["files"].update(x=3)), "files is no table"),
@@ -93,7 +95,7 @@ def other_site(tensors: dict[str, torch.Tensor], held: dict[str, Any]) -> None:
         (in_config(lambda q: q.update(formats=3)), r"config\.json: quantization_config\.formats is malformed"),
         (in_config(lambda q: q["formats"][0].update(spec={})), r"config\.json: quantization_config\.formats is malf"),
         (in_config(lambda q: q["formats"][0]["sites"].pop()), r"config\.json: .*formats is not what the shards hold"),
-        (in_shard(lambda t, held: held.update(version=2)), rf"{BLOCK}: metadata\.lowbit\.version is 2"),
+        (in_shard(lambda t, held: held.update(version=3)), rf"{BLOCK}: metadata\.lowbit\.version is 3"),
         (in_shard(lambda t, held: held.pop("specs")), rf"{BLOCK}: metadata\.lowbit is malformed"),
         (in_shard(absurd_size), rf"{BLOCK}: metadata\.lowbit is malformed.*larger than any tensor"),
         (in_shard(large_size), rf"{BLOCK}: .*q_proj\.weight\.codes is .*, metadata\.lowbit says"),
@@ -146,8 +148,7 @@ def test_what_is_native(checkpoint: Path, llama: Path) -> None:
 
 
 def test_qtensors_are_those_of_the_config(checkpoint: Path) -> None:
-    config = json.loads((checkpoint / "config.json").read_text())
-    specs = site_specs(config["quantization_config"], "config.json")
+    specs = settings(checkpoint).specs
     found = dict(qtensors(checkpoint))
     assert {site: q.spec() for site, q in found.items()} == specs
     assert len(found) == 14

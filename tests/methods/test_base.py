@@ -12,7 +12,7 @@ import pytest
 import lowbit.methods
 from lowbit.calibration.stats import Stat
 from lowbit.errors import RecipeError
-from lowbit.methods.base import Encoder, method, names
+from lowbit.methods.base import BlockTuner, Encoder, Transform, kind, method, names
 
 FOLDER = Path(lowbit.methods.__file__).parent
 
@@ -30,7 +30,7 @@ def test_files_are_the_registry() -> None:
 def test_a_method_is_a_frozen_dataclass_with_defaults_that_says_what_it_is(name: str) -> None:
     module = importlib.import_module(f"lowbit.methods.{name}")
     made = method(name)
-    assert isinstance(made, Encoder)
+    assert isinstance(made, {"transform": Transform, "encoder": Encoder, "tuner": BlockTuner}[kind(name)])
     assert dataclasses.is_dataclass(made)
     assert made.__dataclass_params__.frozen  # type: ignore[attr-defined]
     assert made == method(name)
@@ -39,7 +39,7 @@ def test_a_method_is_a_frozen_dataclass_with_defaults_that_says_what_it_is(name:
     assert re.search(r"arXiv \d{4}\.\d{4,5}", module.__doc__), "a method cites its source"
     for field in dataclasses.fields(made):
         described = f"``{field.name}" in module.__doc__ or re.search(
-            rf"^    {field.name}: .*  # \w", source(name), re.M
+            rf"^    {field.name}: .*  # \S", source(name), re.M
         )
         assert described, f"{field.name} is not explained"
 

@@ -11,29 +11,35 @@ from torch import nn
 
 from lowbit.formats.qtensor import QTensor
 from lowbit.pipeline.recipe import Calibration, Override, Recipe, parse
-from lowbit.pipeline.walk import SiteReport
+from lowbit.pipeline.walk import Finished, SiteReport
 
 
 @dataclass
 class Kept:
     """What a walk wrote; ``done`` blocks can be taken over by another walk."""
 
-    blocks: dict[str, dict[str, QTensor]] = field(default_factory=dict)
-    reports: list[SiteReport] = field(default_factory=list)
+    blocks: dict[str, Finished] = field(default_factory=dict)
 
     def has(self, block: str) -> bool:
         return block in self.blocks
 
-    def read(self, block: str) -> Mapping[str, QTensor]:
+    def read(self, block: str) -> Finished:
         return self.blocks[block]
 
-    def write(self, block: str, module: nn.Module, codes: Mapping[str, QTensor], reports: list[SiteReport]) -> None:
-        self.blocks[block] = dict(codes)
-        self.reports += reports
+    def write(self, block: str, module: nn.Module, done: Finished) -> None:
+        self.blocks[block] = done
+
+    @property
+    def reports(self) -> list[SiteReport]:
+        return [report for done in self.blocks.values() for report in done.reports]
 
     @property
     def codes(self) -> dict[str, QTensor]:
-        return {site: q for codes in self.blocks.values() for site, q in codes.items()}
+        return {site: q for done in self.blocks.values() for site, q in done.codes.items()}
+
+    @property
+    def edited(self) -> dict[str, torch.Tensor]:
+        return {name: value for done in self.blocks.values() for name, value in done.edited.items()}
 
 
 def same_codes(a: Mapping[str, QTensor], b: Mapping[str, QTensor]) -> bool:

@@ -88,7 +88,15 @@ def test_identity(toml: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("gptq", "'gptq' is not METHOD:FORMAT"),
+        ("gptq", "gptq needs a format\nTry: gptq:int4-g64"),
+        ("awq:int4-g64", r"awq is a transform and has no format(.|\n)*Try: awq\+rtn:int4-g64"),
+        ("rtn:int4-g64+awq", "rtn is an encoder and must come last"),
+        ("a:int8-token", "only quantized linears can round their inputs"),
+        ("rtn:int4-g64+a:int9-token", "unknown activation format 'int9-token'\nTry: did you mean"),
+        ("kv:int9-head", "unknown KV format 'int9-head'\nTry: did you mean"),
+        ("kv", "'kv' names nothing"),
+        ("smoothquant,alpha=2.0", "alpha is 2.0"),
+        ("smoothquant,alpha=best", "alpha is 'best'"),
         ("gtpq:int4-g64", "unknown method 'gtpq'\nTry: did you mean 'gptq'"),
         ("gptq:int4g64", r"unknown format 'int4g64'\nTry: did you mean 'int4-g64'"),
         ("gptq:int4-g64,dump=0.1", "gptq has no option 'dump'\nTry: did you mean 'damp'"),
@@ -121,7 +129,11 @@ def test_lines_that_mean_nothing(line: str, message: str) -> None:
         ('method = "rtn"', 'method = "rtm"', "unknown method 'rtm'\nTry: did you mean 'rtn'"),
         ("damp = 0.1", "damp = nan", "damp"),
         ("[[step]]", "[[step]", "is not TOML"),
-        ('[[step]]\nmethod = "gptq"\nformat = "int4-g64"\noptions = { damp = 0.02, act_order = true }', "", "step"),
+        (
+            '[[step]]\nmethod = "gptq"\nformat = "int4-g64"\noptions = { damp = 0.02, act_order = true }',
+            "",
+            "an encoder",
+        ),
     ],
 )
 def test_files_that_mean_nothing(toml: Path, old: str, new: str, message: str) -> None:

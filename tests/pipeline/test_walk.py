@@ -24,8 +24,7 @@ from lowbit.methods.base import Weight
 from lowbit.models.graph import matrix
 from lowbit.models.source import of_directory, of_model
 from lowbit.models.stream import Stream
-from lowbit.pipeline import spill
-from lowbit.pipeline import walk as walk_module
+from lowbit.pipeline import encode, spill
 from lowbit.pipeline.observe import Stage, discover
 from lowbit.pipeline.recipe import Override, Recipe, Step, parse, with_calibration
 from lowbit.pipeline.spill import Hidden
@@ -76,11 +75,11 @@ def test_lockstep_gives_the_bits_of_a_pass_a_stage(
     source, chosen = of_directory(families[name]), recipe("gptq:int3-g32", batch=4)
     in_step, again = Kept(), Kept()
     used = []
-    plain = walk_module._Block._lockstep
-    monkeypatch.setattr(walk_module._Block, "_lockstep", lambda self, *a: used.append(1) or plain(self, *a))
+    plain = encode.BlockWork._lockstep
+    monkeypatch.setattr(encode.BlockWork, "_lockstep", lambda self, *a: used.append(1) or plain(self, *a))
     walk(source, chosen, tokens, in_step)
     assert len(used) == 2
-    monkeypatch.setattr(walk_module._Block, "_fits", lambda self: False)
+    monkeypatch.setattr(encode.BlockWork, "_fits", lambda self: False)
     walk(source, chosen, tokens, again)
     assert len(used) == 2
     assert same_codes(in_step.codes, again.codes)
@@ -153,7 +152,7 @@ def test_threads_are_gone_after_success_and_after_an_error(
     llama: Path, tokens: torch.Tensor, lockstep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not lockstep:
-        monkeypatch.setattr(walk_module._Block, "_fits", lambda self: False)
+        monkeypatch.setattr(encode.BlockWork, "_fits", lambda self: False)
     before = threading.active_count()
     walk(of_directory(llama), recipe("gptq:int4-g32", batch=2), tokens, Kept())
     assert threading.active_count() == before
@@ -165,14 +164,14 @@ def test_threads_are_gone_after_success_and_after_an_error(
 def test_an_error_in_the_middle_of_a_block_frees_its_threads(
     llama: Path, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, plain = threading.active_count(), walk_module._encode_site
+    before, plain = threading.active_count(), encode.replace_by_codes
 
-    def fail(source: Any, site: str, *rest: Any) -> Any:
+    def fail(recipe: Any, block: Any, name: str, site: str, decoded: Any) -> None:
         if site.endswith("up_proj"):
             raise GramError("not today", where=site)
-        return plain(source, site, *rest)
+        plain(recipe, block, name, site, decoded)
 
-    monkeypatch.setattr(walk_module, "_encode_site", fail)
+    monkeypatch.setattr(encode, "replace_by_codes", fail)
     with pytest.raises(GramError, match="up_proj: not today"):
         walk(of_directory(llama), recipe("gptq:int4-g32", batch=2), tokens, Kept())
     assert threading.active_count() == before
@@ -213,12 +212,14 @@ def test_an_expert_that_no_token_reaches_is_named(tokens: torch.Tensor) -> None:
         gate.weight[3] = -gate.weight[3]  # expert 3 is last for every token with positive hidden states
         model.model.layers[0].post_attention_layernorm.weight.fill_(1.0)
         model.model.layers[0].self_attn.o_proj.weight.zero_()
-    with pytest.raises(CalibrationError, match=r"layers\.0\.mlp\.experts\.3\.gate_up_proj: no calibration token"):
-        walk(of_model(model), parse("gptq:int4-g32,damp=0.1"), tokens, Kept())
-    kept = Override(sites="*.experts.3.*", method="rtn")
     sink = Kept()
-    walk(of_model(model), recipe("gptq:int4-g32,damp=0.1", kept), tokens, sink)
-    assert {r.method for r in sink.reports if ".experts.3." in r.site} == {"rtn"}
+    walk(of_model(model), parse("gptq:int4-g32,damp=0.1"), tokens, sink)
+    noted = {r.site.removeprefix("model.layers.0.mlp."): r.note for r in sink.reports if r.note}
+    unseen = "no calibration token reached it: rounded to nearest"
+    assert noted == {"experts.3.gate_up_proj": unseen, "experts.3.down_proj": unseen}
+    # static ranges have nothing to fall back on
+    with pytest.raises(CalibrationError, match=r"layers\.0\.mlp\.experts\.3\.gate_up_proj: no calibration token"):
+        walk(of_model(model), parse("gptq:int4-g32,damp=0.1+a:int8-tensor-static"), tokens, Kept())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn.functional import linear
 
 from lowbit.errors import RecipeError
+from lowbit.formats.format import Stored
 from lowbit.formats.presets import preset
 from lowbit.formats.qtensor import Columns, QTensor, Raw, Sum
 from lowbit.runtime.kernels import DENSE, REFERENCE, Kernel, choose, kernels, usable
@@ -14,7 +17,7 @@ from lowbit.runtime.kernels.torch_cpu import FEW_TOKENS, INT4, INT8, works
 
 FORMATS = [
     "int4-g32", "int4-g64", "int4-g128", "int4-g64-sym", "int4-g256-sym", "int8-row-sym", "int8-row", "int8-g32",
-    "int3-g32", "nf4", "nf4-dq", "fp8-e4m3", "mxfp4", "nvfp4", "ternary",
+    "int3-g32", "nf4", "nf4-dq", "fp8-e4m3", "mxfp4", "nvfp4", "ternary", "int4-g64-half", "int8-row-half",
 ]  # fmt: skip
 SHAPES = [(32, 256), (96, 512), (41, 208), (33, 100)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -25,7 +28,9 @@ needs_vectors = pytest.mark.skipif(not works(), reason="this processor has neith
 
 def quantized(name: str, shape: tuple[int, int], seed: int = 0) -> QTensor:
     """Weights with a shift, so that zero points matter."""
-    fmt = preset(name)
+    fmt = preset(name.removesuffix("-half"))
+    if name.endswith("-half"):  # zero points that are no whole numbers
+        fmt = dataclasses.replace(fmt, zero=Stored(torch.float16))
     W = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.1 + 0.02
     return fmt.encode(W, fmt.fit(W))
 
@@ -84,7 +89,9 @@ BF16, FP32 = torch.bfloat16, torch.float32
         ("int4-g96", (32, 192), BF16, 1, REFERENCE),
         ("int4-row", (32, 256), BF16, 1, REFERENCE),
         ("int3-g64", (32, 256), BF16, 1, REFERENCE),
+        ("int4-g64-half", (32, 256), BF16, 1, INT4),
         ("int8-row", (32, 256), BF16, 1, REFERENCE),  # zero points
+        ("int8-row-half", (32, 256), BF16, 1, REFERENCE),
         ("int8-g64-sym", (32, 256), BF16, 1, REFERENCE),
         ("nf4", (32, 256), BF16, 1, REFERENCE),
     ],

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from lowbit.arrays import Float, Tensor
+from lowbit.formats.pack import Codes
 from lowbit.formats.qtensor import Affine, QTensor
 from lowbit.formats.spec import Spec
 
@@ -58,7 +59,12 @@ class Int4:
     def prepare(self, q: QTensor, dtype: torch.dtype) -> State:
         assert isinstance(q, Affine)
         scale = q.scale.decode()  # (rows, groups)
-        zero = torch.full_like(scale, 8.0) if q.zero is None else q.zero.unpack().view(scale.shape).to(torch.float32)
+        if q.zero is None:
+            zero = torch.full_like(scale, 8.0)
+        elif isinstance(q.zero, Codes):
+            zero = q.zero.unpack().view(scale.shape).to(torch.float32)
+        else:
+            zero = q.zero.decode()
         codes = q.codes.unpack().to(torch.int32).contiguous()
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
         # The kernel computes (q - 8) * scale + offset, groups first.
@@ -87,6 +93,7 @@ class Int8:
             and codes is not None
             and codes.levels == 256
             and spec.leaf("zero") is None
+            and spec.child("zero") is None
             and spec.get("block") == "row"
             and spec.shape[1] % _INT8_STEP == 0
         )

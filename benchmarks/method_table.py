@@ -57,6 +57,9 @@ def main() -> None:
             recipe = with_calibration(
                 parse(line), text=arguments.calibration, samples=arguments.samples, length=arguments.calibration_length,
             )  # fmt: skip
+            # the first windows of the text, as peers take them
+            calibration = recipe.calibration.model_copy(update={"seed": None})
+            recipe = recipe.model_copy(update={"calibration": calibration})
             chunk = arguments.chunk if recipe.kv else None
             cut = protocol.parse(f"windows-{arguments.length}" + (f"/chunk-{chunk}" if chunk else ""))
             windows = cut.cut(ids, arguments.windows, read.name, read.digest)

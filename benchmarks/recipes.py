@@ -6,15 +6,16 @@ from __future__ import annotations
 def _weights(bits: int) -> list[str]:
     """Weight-only recipes at one width, the plainest first."""
     fmt = f"int{bits}-g64"
-    rows = [f"rtn:{fmt}", f"rtn:{fmt},clip=20", f"hqq:{fmt}-z16", f"gptq:{fmt}", f"awq+rtn:{fmt}", f"awq+clip+rtn:{fmt}"]
-    rows += [f"awq+gptq:{fmt}", f"rotate+gptq:{fmt}", f"outliers:{fmt},share=1.0", f"lowrank:{fmt}", f"tune:{fmt}"]
+    rows = [f"rtn:{fmt}", f"rtn:{fmt},clip=20", f"hqq:{fmt}-z16", f"gptq:{fmt}", f"awq+rtn:{fmt}"]
+    rows += [f"awq+clip+rtn:{fmt}", f"awq+gptq:{fmt}", f"rotate+gptq:{fmt}", f"outliers:{fmt},share=1.0"]
+    rows += [f"lowrank:{fmt},rank=16", f"tune:{fmt},steps=0", f"tune:{fmt}"]
     return rows
 
 
 GROUPS: dict[str, list[str]] = {
     "W8": ["rtn:int8-row", "rtn:int8-row-sym", "gptq:int8-row", "llmint8:int8-row-sym", "nested:int8-row"],
     "W4": [*_weights(4), "rtn:nf4", "rtn:nf4-dq", "gptq:nf4", "rtn:fp4", "rtn:fp4-e2m1", "rtn:mxfp4", "rtn:nvfp4",
-           "rtn:quantile4-g64", "rtn:dynamic4-g64", "series:int2-g64,terms=2", "nested:int8-row,read=4"],
+           "rtn:quantile4-g64", "rtn:dynamic4-g64", "series:int2-g64-sym,terms=2", "nested:int8-row,read=4"],
     "W3": [*_weights(3), "nested:int8-row,read=3"],
     "W2": [*_weights(2), "rtn:ternary", "nested:int8-row,read=2", "nested:int8-row,read=2,extra=true"],
     "W8A8": ["rtn:int8-row-sym+a:int8-token", "rtn:int8-row-sym+a:int8-tensor", "rtn:int8-row-sym+a:int8-tensor-static",

@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--iters", type=int, default=50)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -53,7 +54,7 @@ def main() -> None:
         dataset=[window[None] for window in windows],
         nsamples=args.samples,
         seqlen=args.length,
-        device_map="cpu",
+        device_map=args.device,
         enable_torch_compile=False,
         seed=0,
     ).quantize()

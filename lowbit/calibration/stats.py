@@ -60,7 +60,7 @@ class Gram(Stat):
         self.memo.clear()
         n, gpu = x.shape[1], x.is_cuda
         short = gpu and x.dtype in (torch.bfloat16, torch.float16)
-        x = x.to(torch.bfloat16).to(torch.float32)
+        x = x if short else x.to(torch.float32)
         panel = self._GPU_PANEL if gpu else self._PANEL
         for start in range(0, n, panel):
             stop = min(start + panel, n)

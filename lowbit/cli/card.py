@@ -25,7 +25,6 @@ def card(
     """Run calibration text through a model once and keep what methods need to know of it."""
     quiet()
     from lowbit.calibration import cards
-    from lowbit.calibration.samples import Range
     from lowbit.calibration.stats import Gram
     from lowbit.calibration.synthetic import calibration_tokens
     from lowbit.cli.progress import Bars
@@ -44,7 +43,7 @@ def card(
             on_tokens=lambda done, total: bars.update("writing text", done, total, "tokens"),
         )  # fmt: skip
         found = cards.make(
-            out, source, tokens, kinds={*cards.LIGHT, Range, *({Gram} if gram else ())}, dtype=chosen, device=device,
+            out, source, tokens, kinds={*cards.LIGHT, *({Gram} if gram else ())}, dtype=chosen, device=device,
             on_block=lambda done, total: bars.update("card", done, total, "blocks"),
         )  # fmt: skip
     if as_json:

@@ -19,7 +19,7 @@ RecipeLine = Annotated[
 ]
 Text = Annotated[
     str | None,
-    typer.Option("--text", metavar="FILE", help="A UTF-8 file, or 'pydoc', Python's own help (the default)."),
+    typer.Option("--text", metavar="FILE", help="A UTF-8 file, 'pydoc' (the default), 'self' or 'random'."),
 ]
 Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration windows.")]
 Length = Annotated[int | None, typer.Option("--length", min=8, help="Tokens a calibration window.")]

@@ -60,7 +60,9 @@ class Bars:
     def update(self, name: str, done: int, total: int, unit: str) -> None:
         """Move a bar; several calls a millisecond are fine."""
         now = time.monotonic()
-        seen = self._seen.setdefault(name, _Seen(now, done, now))
+        seen = self._seen.get(name)
+        if seen is None or done < seen.done:  # work of another unit begins anew
+            seen = self._seen[name] = _Seen(now, done, now)
         rate = seen.rate(done, now)
         text = f"{rate:,.{0 if rate >= 100 else 1}f} {unit}/s" if rate else ""
         if self._live is not None:

@@ -13,6 +13,7 @@ and ``nbytes(shape)``, exact before any work is done.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from lowbit.arrays import Float, Matrix, Tensor
 from lowbit.errors import FormatError
 from lowbit.formats.blocks import Block
 from lowbit.formats.clip import Cost, Ends, Importance, chunks, search
-from lowbit.formats.grids import Codebook, Grid, IntGrid, Quantile, Table
+from lowbit.formats.grids import Codebook, Grid, IntGrid, Quantile, Table, codebook
 from lowbit.formats.pack import Codes, Whole
 from lowbit.formats.qtensor import Affine, Lookup, QTensor, Raw, Sum
 from lowbit.formats.snap import Snapped, Snapper, divisible, integer_snapper, snap_integer, snap_table, table_snapper
@@ -98,11 +99,14 @@ class Format:
             table = self.grid.estimate((w / step).clamp_(-1, 1))
         clip_steps = max(clip_steps, self.least_clip_steps)
         if clip_steps and ranges is None:
-            weights = Importance.of(importance, self.block, w)
-            low, high = search(
-                low, high, _factors(self, clip_steps), functools.partial(_cost, self, blocks, weights, table),
-                chunks(blocks), ends == "apart" and self.asymmetric,
-            )  # fmt: skip
+            weights, factors = Importance.of(importance, self.block, w), _factors(self, clip_steps)
+            if ends == "together" and weights.gram is None and _has_kernel(self, blocks):
+                low, high = _search_on_gpu(self, blocks, low, high, weights.diagonal, factors)
+            else:
+                low, high = search(
+                    low, high, factors, functools.partial(_cost, self, blocks, weights, table), chunks(blocks),
+                    ends == "apart" and self.asymmetric,
+                )  # fmt: skip
         return self._params(low, high, table)
 
     @property
@@ -274,6 +278,28 @@ class Format:
 def _is_power(scale: Stored | Format | None) -> bool:
     """Whether scales are powers of two, kept as exponents alone."""
     return isinstance(scale, Format) and scale.scale is None
+
+
+def _has_kernel(fmt: Format, blocks: Tensor) -> bool:
+    """Whether a clip search of this format runs in one launch: on a GPU, with plain scales and few values."""
+    few = isinstance(fmt.grid, IntGrid) or (isinstance(fmt.grid, Table) and fmt.grid.levels <= 16)
+    small = blocks.shape[-1] <= 1 << 14  # what the registers of one program hold
+    plain = isinstance(fmt.scale, Stored)
+    return blocks.is_cuda and few and small and plain and importlib.util.find_spec("triton") is not None
+
+
+def _search_on_gpu(
+    fmt: Format, blocks: Tensor, low: Tensor, high: Tensor, weights: Tensor | None, factors: list[float]
+) -> tuple[Tensor, Tensor]:
+    from lowbit.formats import clip_triton  # needs triton, which only a GPU has
+
+    assert isinstance(fmt.scale, Stored)
+    assert not isinstance(fmt.grid, Quantile)
+    grid = fmt.grid if isinstance(fmt.grid, IntGrid) else codebook(fmt.grid.name, blocks.device)
+    zeros = torch.float16 if fmt.zero is None else fmt.zero.dtype
+    return clip_triton.search(
+        blocks, low, high, weights, factors, grid, fmt._divisor(), fmt.scale.dtype, fmt.zero is None, zeros
+    )
 
 
 def _factors(fmt: Format, steps: int) -> list[float]:

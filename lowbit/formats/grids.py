@@ -106,15 +106,15 @@ class Table:
         takes values in [-1, 1] and looks them up on a lattice of 65536 points, as bitsandbytes does, so that a value
         within 1.5e-5 of a midpoint may go to the other side. Cost O(x log levels).
         """
-        return _codebook(self.name, x.device).nearest(self._on_lattice(x))
+        return codebook(self.name, x.device).nearest(self._on_lattice(x))
 
     def round(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The nearest value, as ``lookup(nearest(x))`` and faster."""
-        return _codebook(self.name, x.device).round(self._on_lattice(x))
+        return codebook(self.name, x.device).round(self._on_lattice(x))
 
     def lookup(self, codes: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The values of codes."""
-        return _codebook(self.name, codes.device).lookup(codes)
+        return codebook(self.name, codes.device).lookup(codes)
 
     def _on_lattice(self, x: Tensor) -> Tensor:
         return ((x + 1) * 0.5 * 65535 + 0.5).to(torch.int32) / 65535 * 2 - 1 if self.name == "dynamic8" else x
@@ -159,7 +159,7 @@ Grid = IntGrid | Table | Quantile
 
 
 @functools.cache
-def _codebook(name: str, device: torch.device) -> Codebook:
+def codebook(name: str, device: torch.device) -> Codebook:
     # -0.0 sorts below +0.0, so that small negatives keep their sign and an exact zero does not gain one.
     named = table_values(name)
     finite = sorted((v, math.copysign(1.0, v), c) for c, v in enumerate(named) if not math.isnan(v))

@@ -13,6 +13,7 @@ The clip search that follows in the paper is the step ``clip``: ``awq+clip+rtn:i
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -81,7 +82,19 @@ def output_error(W: Matrix, s: Float[Tensor, "in"], fmt: Format, G: Float[Tensor
     """tr(dW G dWᵀ) with dW = Q(W s)/s - W, W rounded to nearest."""
     scaled = W * s
     dW = fmt.encode(scaled, fmt.fit(scaled)).decode().div_(s).sub_(W)
-    return float((dW @ G).mul_(dW).sum())
+    with tensor_cores():
+        return float((dW @ G).mul_(dW).sum())
+
+
+@contextlib.contextmanager
+def tensor_cores() -> Iterator[None]:
+    """Products in TF32 on a GPU: a search compares losses that differ by far more than its rounding."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 METHOD = Awq

@@ -171,7 +171,7 @@ class BlockTuner(Protocol):
         """``run(block, hidden, i)`` is the block's output for windows that begin with the i-th, with gradients."""
 
 
-_HELPERS: frozenset[str] = frozenset({"base", "columns", "columns_triton"})
+_HELPERS: frozenset[str] = frozenset({"base"})
 
 
 def names() -> list[str]:

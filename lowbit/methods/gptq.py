@@ -62,7 +62,7 @@ class Gptq:
             raise FormatError(f"gptq needs blocks along rows, {fmt.name} has {fmt.block}", where=w.name)
         order, L = feedback(gram, self.damp, self.act_order, w.name)
         importance = gram.mean_square() if self.clip else None
-        params = fmt.fit(w.matrix, importance, self.clip)
+        params = fmt.fit(w.matrix, importance, self.clip, w.ranges)
         if self.static_groups or fmt.block.kind != "group":
             codes, _ = round_columns(w.matrix, L, order, fmt, params, self.block)
             return fmt.assemble(codes, params)

@@ -64,7 +64,8 @@ class Columns:
         return w[:, index[:, 0]] * used[:, 0] + w[:, index[:, 1]] * used[:, 1]
 
     def wrap(self, q: QTensor) -> QTensor:
-        return Gathered((q.shape[0], self.width), self.index, Raw.of(self.scale.to(torch.float32)), q)
+        scale = Raw.of(self.scale.to(torch.float32))
+        return Gathered((q.shape[0], self.width), self.index.clone(), scale, q)  # files hold no shared tensors
 
     @property
     def note(self) -> str:
@@ -129,7 +130,7 @@ class Qllm:
                 if (fmt := block.format(site)) and (rounding := block.activation(site))
             ]
             found = stats.get(sites[0])
-            if sites == left_alone or len(linears) < len(sites) or found is None or Reservoir not in found:
+            if len(linears) < len(sites) or found is None or Reservoir not in found:
                 continue
             columns = self._columns(linears, found)
             if columns is not None:

@@ -64,17 +64,19 @@ class Source:
         names = {name for name, _ in outside_blocks(self.skeleton, self.blocks)}
         return [site for site in sites_of(self.skeleton, "") if f"{site.name}.weight" in names]
 
-    def load(self, prefix: str, dtype: torch.dtype) -> nn.Module:
+    def load(self, prefix: str, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
         """A copy of the module ``prefix`` with its weights in ``dtype``; the caller drops it when done."""
-        return self.fill(copy.deepcopy(self.skeleton.get_submodule(prefix)), prefix, dtype).eval()
+        return self.fill(copy.deepcopy(self.skeleton.get_submodule(prefix)), prefix, dtype, device).eval()
 
-    def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype) -> nn.Module:
+    def fill(
+        self, module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device | None = None
+    ) -> nn.Module:
         """Give a module of the skeleton its weights in ``dtype``, in place; buffers keep their own dtype."""
         for name, held in list(stored(module)):
             full, (parent, _, leaf) = f"{prefix}.{name}", name.rpartition(".")
             owner = module.get_submodule(parent)
             if isinstance(held, nn.Parameter):
-                tensor = self.tensor(full, tuple(held.shape)).to(dtype)
+                tensor = self.tensor(full, tuple(held.shape), device).to(dtype)
                 owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
             elif self.has(full):
                 owner._buffers[leaf] = self.tensor(full, tuple(held.shape)).to(held.dtype)
@@ -84,11 +86,13 @@ class Source:
         """Whether the file holds a weight of this very name (a buffer that it lacks is computed)."""
         return any(spelling in self._known for spelling in _spellings(name, self.skeleton.base_model_prefix))
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def tensor(self, name: str, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
         """The weight that the model calls ``name``, whatever its file calls it, checked for shape and finiteness."""
         tensor = self._find(name)
         if tuple(tensor.shape) != shape:
             raise WeightError(f"has shape {tuple(tensor.shape)}, the configuration says {shape}", where=name)
+        if device is not None:
+            tensor = tensor.to(device)  # before anything else: a GPU checks and converts faster
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise WeightError(

@@ -49,7 +49,7 @@ class Stream:
 
     def load(self, i: int) -> nn.Module:
         """Block ``i`` with its weights."""
-        return self.source.load(self.source.blocks[i], self.dtype).to(self.device)
+        return self.source.load(self.source.blocks[i], self.dtype, self.device).to(self.device)
 
     def run(self, i: int, block: nn.Module, hidden: Float[Tensor, "batch length d"]) -> Float[Tensor, "batch length d"]:
         """The output of block ``i``; ``hidden`` has a batch shape that was embedded before."""
@@ -96,7 +96,7 @@ class Stream:
         recorders = nn.ModuleList([_Recorder(layer, self._form) for layer in layers])
         setattr(skeleton.get_submodule(parent), leaf, recorders)
         shell: nn.Module = skeleton.base_model
-        return self.source.fill(shell, skeleton.base_model_prefix, self.dtype).to(self.device)
+        return self.source.fill(shell, skeleton.base_model_prefix, self.dtype, self.device).to(self.device)
 
 
 class _Call(NamedTuple):

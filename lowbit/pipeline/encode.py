@@ -25,7 +25,7 @@ from lowbit.pipeline.memory import Chunks
 from lowbit.pipeline.observe import Stage, collector, discover, new_stats, observe
 from lowbit.pipeline.recipe import Recipe, Treatment
 from lowbit.pipeline.result import Finished, SiteReport
-from lowbit.pipeline.spill import LIMIT, Hidden
+from lowbit.pipeline.spill import Hidden, room
 from lowbit.pipeline.view import Edges, View
 
 
@@ -70,9 +70,10 @@ class BlockWork:
         changed = {n: v for n, v in self.view.edited.items() if n.removesuffix(".weight") not in codes}
         return Finished(codes, self.inputs, changed, self.reports)
 
-    def _run_sample(self) -> Tensor:
+    def _run_sample(self, block: nn.Module) -> Tensor:
+        """One window through a copy of the block, in the copy's dtype."""
         assert self.hidden is not None
-        return self.stream.run(self.i, self.block, self.hidden.data[:1])
+        return self.stream.run(self.i, block, self.hidden.data[:1].to(next(block.parameters()).dtype))
 
     def _targets(self, last: bool) -> Hidden | None:
         """What the original block makes of the original's hidden states, which move on to it."""
@@ -189,7 +190,7 @@ class BlockWork:
         assert self.hidden is not None
         widths = sum(sum(site.shape) for site, _ in self.sites.values())
         windows, length, _ = self.hidden.data.shape
-        return windows * length * widths * self.hidden.data.element_size() <= LIMIT
+        return windows * length * widths * self.hidden.data.element_size() <= room(self.stream.device)
 
 
 def _known(card: Card, sites: Collection[str]) -> dict[str, Stats]:

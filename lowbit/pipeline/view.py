@@ -6,7 +6,8 @@ itself gets them in the dtype of its forward passes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,16 @@ class Edges:
     def __init__(self) -> None:
         self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], list[Edge]] = {}
 
-    def of(self, block: nn.Module, run: Run) -> list[Edge]:
+    def of(self, block: nn.Module, run_block: Callable[[nn.Module], Tensor]) -> list[Edge]:
+        # in float32, where factors are told apart and a trial's error is small
+        copied = block if _is_float32(block) else copy.deepcopy(block).to(torch.float32)
+
+        def run() -> Tensor:
+            return run_block(copied)
+
+        return self._of(copied, run)
+
+    def _of(self, block: nn.Module, run: Run) -> list[Edge]:
         structure = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
         known = self._known.get(structure)
         if known is None or not survives(block, run, known):
@@ -43,7 +53,7 @@ class View:
 
     def __init__(
         self, source: Source, name: str, block: nn.Module, treatments: Mapping[str, Treatment],
-        inputs: list[tuple[str, ...]], run: Run, edges: Edges,
+        inputs: list[tuple[str, ...]], run: Callable[[nn.Module], Tensor], edges: Edges,
     ) -> None:  # fmt: skip
         self.source, self.name, self.block, self.inputs = source, name, block, inputs
         self._treatments, self._run, self._edges = treatments, run, edges
@@ -70,7 +80,7 @@ class View:
         if name in self.edited:
             return self.edited[name]
         held = self.block.get_parameter(name.removeprefix(self.name + "."))
-        return self.source.tensor(name, tuple(held.shape)).to(held.device, torch.float32)
+        return self.source.tensor(name, tuple(held.shape), held.device).to(torch.float32)
 
     def weight(self, site: str) -> Matrix:
         W = self.original(site)
@@ -113,6 +123,10 @@ class View:
         held = module._parameters[leaf]
         assert held is not None
         module._parameters[leaf] = nn.Parameter(value.to(held.dtype), requires_grad=False)
+
+
+def _is_float32(block: nn.Module) -> bool:
+    return all(p.dtype == torch.float32 for p in block.parameters())
 
 
 def _as_matrix(module: nn.Module, stored: Tensor) -> Tensor:

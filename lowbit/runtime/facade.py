@@ -10,15 +10,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowbit.arrays import Tensor
-from lowbit.calibration import text as texts
+from lowbit.calibration.synthetic import calibration_tokens
 from lowbit.errors import CheckpointError, ModelError, RecipeError
 from lowbit.formats.activation import Input
 from lowbit.formats.heads import CacheFormat
 from lowbit.formats.qtensor import QTensor
 from lowbit.io import native
 from lowbit.models.graph import split_experts
-from lowbit.models.source import of_model
-from lowbit.pipeline.recipe import parse
+from lowbit.models.source import Source, of_model
+from lowbit.pipeline.recipe import Calibration, parse
 from lowbit.pipeline.result import Finished
 from lowbit.pipeline.walk import prepared, walk
 from lowbit.runtime import transformers_quantizer
@@ -31,9 +31,9 @@ def quantize(
 ) -> PreTrainedModel:
     """Quantize a transformers model in memory by a recipe; its linears become QLinears, in place.
 
-    ``text`` is a file or the name ``pydoc`` (the default) and needs ``tokenizer`` (found by the model's own name when
-    it came from a directory); ``tokens`` (windows, length) are used as they are. The same walk as ``lowbit quantize``,
-    run in the model's dtype. ``model.save_pretrained`` writes what ``from_pretrained`` reads again. Raises RecipeError,
+    ``text`` is a file, ``pydoc`` (the default), ``self`` or ``random``, and needs ``tokenizer`` (found by the model's own name when
+    it came from a directory); ``tokens`` (windows, length) are used as they are. The same walk as
+    ``lowbit quantize``, run in the model's dtype on its device. ``model.save_pretrained`` writes what ``from_pretrained`` reads again. Raises RecipeError,
     CalibrationError, ModelError and CoverageError, each before the model is touched.
     """
     parsed = parse(recipe)
@@ -45,9 +45,9 @@ def quantize(
             "rotates the residual stream of the whole model", where=recipe, fix="lowbit quantize, or fused=false"
         )
     if parsed.calibrated and tokens is None:
-        tokens = _tokens(model, parsed.calibration, text, tokenizer)
+        tokens = _tokens(source, model, parsed.calibration, text, tokenizer)
     sink = _Memory()
-    walk(source, parsed, tokens, sink, dtype=model.dtype)
+    walk(source, parsed, tokens, sink, dtype=model.dtype, device=model.device)
     split_experts(model)
     known = {name for name, _ in model.named_parameters()}
     for name, value in sink.edited.items():
@@ -117,7 +117,7 @@ def compute_dtype(device: str = "cpu") -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def _tokens(model: PreTrainedModel, calibration: Any, text: str | None, tokenizer: Any) -> Any:
+def _tokens(source: Source, model: PreTrainedModel, c: Calibration, text: str | None, tokenizer: Any) -> Any:
     if tokenizer is None:
         from transformers import AutoTokenizer
 
@@ -125,8 +125,9 @@ def _tokens(model: PreTrainedModel, calibration: Any, text: str | None, tokenize
         if not name or not Path(name).is_dir():
             raise ModelError("no tokenizer is known for a model in memory", fix="tokenizer=..., or tokens=...")
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
-    read = texts.read(text or calibration.text, "calibration")
-    return texts.sample(read, tokenizer, calibration.samples, calibration.length, calibration.seed).ids
+    return calibration_tokens(
+        source, text or c.text, samples=c.samples, length=c.length, seed=c.seed, tokenizer=tokenizer, dtype=model.dtype
+    ).ids
 
 
 class _Memory:

@@ -139,6 +139,32 @@ def test_ends_searched_apart_never_lose(name: str, importance: str) -> None:
     assert after.sum() < before.sum() * 0.999
 
 
+def test_ends_are_searched_in_turn_from_the_best_common_factor() -> None:
+    fmt, w = preset("int2-g64"), gaussian(6, 128)
+    blocks = fmt.block.split(w)
+    low, high = blocks.amin(-1), blocks.amax(-1)
+    factors = [1 - 0.6 * i / 6 for i in range(6)]
+    best, least = (low, high), torch.full_like(low, math.inf)
+
+    def offer(new: tuple[torch.Tensor, torch.Tensor]) -> None:
+        nonlocal best, least
+        error = block_error(fmt, w, code(fmt, w, ranges=new))
+        best = torch.where(error < least, new[0], best[0]), torch.where(error < least, new[1], best[1])
+        least = torch.minimum(error, least)
+
+    for f in factors:
+        offer((low * f, high * f))
+    for _ in range(2):
+        start = best[0]
+        for f in factors:
+            offer((start, high * f))
+        end = best[1]
+        for f in factors:
+            offer((low * f, end))
+    got = block_error(fmt, w, code(fmt, w, 6, ends="apart"))
+    torch.testing.assert_close(got, least, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["int3-g64-sym", "nf4-g64"])
 def test_grids_with_one_end_have_nothing_to_search_apart(name: str) -> None:
     w = gaussian(8, 128)

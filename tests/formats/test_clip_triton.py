@@ -10,7 +10,7 @@ import torch
 
 from lowbit.formats.clip import Importance
 from lowbit.formats.format import Format, Stored, _factors
-from lowbit.formats.grids import IntGrid, Table, _codebook
+from lowbit.formats.grids import IntGrid, Table, codebook
 from lowbit.formats.presets import preset
 
 pytest.importorskip("triton")
@@ -36,7 +36,7 @@ def test_ranges_are_those_of_the_search(fmt: Format, weighted: bool) -> None:
     importance = torch.rand(72, generator=generator) if weighted else None
     blocks = fmt.block.split(w).to(DEVICE)
     assert isinstance(fmt.scale, Stored)
-    grid = fmt.grid if isinstance(fmt.grid, IntGrid) else _codebook(fmt.grid.name, blocks.device)  # type: ignore[union-attr]
+    grid = fmt.grid if isinstance(fmt.grid, IntGrid) else codebook(fmt.grid.name, blocks.device)  # type: ignore[union-attr]
     assert isinstance(fmt.grid, IntGrid | Table)
     weights = Importance.of(importance, fmt.block, w).diagonal
     ranges = clip_triton.search(

@@ -107,6 +107,9 @@ def test_columns_are_one_sparse_matrix() -> None:
     assert not q.problem()
     torch.testing.assert_close(q.enter(x), columns.enter(x))
     torch.testing.assert_close(x @ q.decode().t(), columns.enter(x) @ q.inner.decode().t())
+    again = columns.wrap(q.inner)
+    assert isinstance(again, Gathered)
+    assert again.index.data_ptr() != q.index.data_ptr()  # linears that share an entry share no tensor
     assert columns.note == "6 channels in 7 columns: 2 split into 5, 2 pairs merged"
 
 

@@ -48,6 +48,9 @@ def test_a_rotation_is_signs_then_hadamard_blocks(width: int) -> None:
     assert not q.problem()
     torch.testing.assert_close(q.decode(), W, atol=1e-5, rtol=1e-5)
     assert torch.equal(q.enter(x), rotation.enter(x))
+    again = rotation.wrap(q.inner)
+    assert isinstance(again, Rotated)
+    assert again.signs.data.data_ptr() != q.signs.data.data_ptr()  # linears that share an entry share no tensor
     assert rotation.note == f"inputs rotated in blocks of {size}"
 
 

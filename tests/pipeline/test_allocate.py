@@ -39,7 +39,7 @@ def brute_force(groups: list[list[Choice]], budget: int) -> float:
     return min((math.fsum(x.loss for x in c) for c in fitting), default=math.inf)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(instances, st.integers(0, 200))
 def test_the_optimum_is_that_of_all_combinations(groups: list[list[Choice]], budget: int) -> None:
     least = brute_force(groups, budget)
@@ -54,7 +54,7 @@ def test_the_optimum_is_that_of_all_combinations(groups: list[list[Choice]], bud
     assert found.gap == 0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(instances, st.integers(0, 200))
 def test_with_too_few_states_the_gap_is_honest(groups: list[list[Choice]], budget: int) -> None:
     least = brute_force(groups, budget)
@@ -155,7 +155,7 @@ def spent(source: Source, share: float = 0.4, base: Recipe | None = None) -> tup
     return known, allocate(source, base, known, smallest + int(share * (largest - smallest)))
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "opt", "gpt2", "falcon"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "opt", "gpt2"])
 def test_files_stay_within_the_budget_by_less_than_a_step(families: dict[str, Path], name: str, tmp_path: Path) -> None:
     source = of_directory(families[name])
     known, found = spent(source)
@@ -261,7 +261,7 @@ def test_the_recipe_survives_toml(llama: Path, tmp_path: Path) -> None:
     assert "[[override]]" in path.read_text()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), st.floats(1e-9, 1e9))
 def test_toml_spells_every_value(tmp_path_factory: pytest.TempPathFactory, words: str, damp: float) -> None:
     whole = Recipe(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lowbit.pipeline.fisher import output_fisher
 from lowbit.pipeline.sensitivity import Sensitivity, fused, measure, read
 
 FORMATS = ["int3-g32", "int5-g32"]
+SHORT = torch.randint(0, 288, (2, 16), generator=torch.Generator().manual_seed(2))
 
 
 def windows(ids: torch.Tensor) -> Tokens:
@@ -60,7 +62,7 @@ def by_autograd(model: Any, ids: torch.Tensor, sites: list[str], batch: int) -> 
     }
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "mistral", "gemma", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "mixtral"])
 def test_fisher_is_that_of_plain_autograd(families: dict[str, Path], name: str, tokens: torch.Tensor) -> None:
     source = of_directory(families[name])
     sites = [site.name for block in source.blocks for site in source.sites(block)]
@@ -87,8 +89,6 @@ def test_gradients_need_memory_for_one_block(
         def freed() -> None:
             nonlocal alive
             alive -= 1
-
-        import weakref
 
         weakref.finalize(next(block.parameters()), freed)
         return block
@@ -146,20 +146,20 @@ def test_losses_are_the_formula(llama: Path, tokens: torch.Tensor) -> None:
         assert found[site].loss[fmt] == pytest.approx(sum(each) / len(each), rel=2e-3)
 
 
-def test_a_sample_of_rows_stands_for_all(llama: Path, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_of_rows_stands_for_all(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = of_directory(llama)
-    whole = measure(source, windows(tokens), ["int3-g32", "int4-tensor"], encoder="rtn")
+    whole = measure(source, windows(SHORT), ["int3-g32", "int4-tensor"], encoder="rtn")
     monkeypatch.setattr(module, "_ROWS", 16)
-    part = measure(source, windows(tokens), ["int3-g32", "int4-tensor"], encoder="rtn")
+    part = measure(source, windows(SHORT), ["int3-g32", "int4-tensor"], encoder="rtn")
     for a, b in zip(whole.sites, part.sites, strict=True):
         assert b.loss["int3-g32"] == pytest.approx(a.loss["int3-g32"], rel=0.3)
         assert b.loss["int4-tensor"] == a.loss["int4-tensor"]  # its scale is that of all rows
     assert any(a.loss["int3-g32"] != b.loss["int3-g32"] for a, b in zip(whole.sites, part.sites, strict=True))
 
 
-def test_groups_are_what_engines_fuse(families: dict[str, Path], tokens: torch.Tensor) -> None:
+def test_groups_are_what_engines_fuse(families: dict[str, Path]) -> None:
     def groups(name: str) -> set[tuple[str, ...]]:
-        rows = measure(of_directory(families[name]), windows(tokens[:2]), ["int4-g32"], encoder="rtn").sites
+        rows = measure(of_directory(families[name]), windows(SHORT), ["int4-g32"], encoder="rtn").sites
         held: dict[str, list[str]] = {}
         for row in rows:
             if ".0." in row.name.split("experts")[0]:
@@ -194,22 +194,22 @@ def test_experts_that_no_token_reached(families: dict[str, Path], monkeypatch: p
         measure(source, windows(one), ["int4-g32"], encoder="rtn")
 
 
-def test_it_is_measured_with_the_codes_of_the_method(llama: Path, tokens: torch.Tensor) -> None:
-    source = of_directory(llama)
-    steps: list[tuple[int, int]] = []
-    rtn = measure(source, windows(tokens), ["int3-g32"], encoder="rtn", on_block=lambda d, t: steps.append((d, t)))
-    gptq = measure(source, windows(tokens), ["int3-g32"], options={"damp": 0.02})
-    assert (gptq.encoder, gptq.options) == ("gptq", {"damp": 0.02})
-    assert sum(r.loss["int3-g32"] for r in gptq.sites) < 0.9 * sum(r.loss["int3-g32"] for r in rtn.sites)
-    assert steps == [(i, 14) for i in range(1, 15)]  # 3 batches twice over 2 blocks, and once more over each
-    with pytest.raises(RecipeError, match="unknown format"):
-        measure(source, windows(tokens), ["int9-g32"])
-
-
 @pytest.fixture(scope="module")
 def known(llama: Path) -> Sensitivity:
-    ids = torch.randint(0, 288, (2, 16), generator=torch.Generator().manual_seed(2))
-    return measure(of_directory(llama), windows(ids), FORMATS, encoder="rtn")
+    return measure(of_directory(llama), windows(SHORT), FORMATS, encoder="rtn")
+
+
+def test_it_is_measured_with_the_codes_of_the_method(llama: Path, known: Sensitivity) -> None:
+    steps: list[tuple[int, int]] = []
+    found = measure(
+        of_directory(llama), windows(SHORT), FORMATS, options={"damp": 0.02}, batch=1,
+        on_block=lambda done, total: steps.append((done, total)),
+    )  # fmt: skip
+    assert (found.encoder, found.options) == ("gptq", {"damp": 0.02})
+    assert sum(r.loss["int3-g32"] for r in found.sites) < 0.9 * sum(r.loss["int3-g32"] for r in known.sites)
+    assert steps == [(i, 10) for i in range(1, 11)]  # two batches twice over two blocks, and once more over each
+    with pytest.raises(RecipeError, match="unknown format"):
+        measure(of_directory(llama), windows(SHORT), ["int9-g32"])
 
 
 def test_the_file_is_what_was_measured(known: Sensitivity, tmp_path: Path, llama: Path) -> None:

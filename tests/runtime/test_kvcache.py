@@ -76,7 +76,8 @@ def test_every_family_sees_the_rounded_history(name: str) -> None:
 
 @pytest.mark.parametrize("text", FORMATS)
 def test_every_format_with_and_without_a_mirror(text: str) -> None:
-    kv, model = CacheFormat.parse(text), family_model("mistral")
+    """Attention slides over 10 tokens, so that groups are forgotten while others are read."""
+    kv, model = CacheFormat.parse(text), family_model("mistral", sliding_window=10)
     expected = hidden(model, IDS, twin(kv), SIZES)
     plain = hidden(model, IDS, KVCache(model.config, kv), SIZES)
     torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-4)

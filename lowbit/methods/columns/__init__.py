@@ -71,7 +71,7 @@ def round_columns(
     """Codes on fixed grids, and the errors ``(W - Q)ᵀ`` with columns in ``order``.
 
     ``aim`` is W with what makes up for the errors of columns before these, if any.
-    ``block`` columns are rounded one by one, on a GPU in one kernel (:mod:`lowbit.methods.columns_triton`); the errors
+    ``block`` columns are rounded one by one, on a GPU in one kernel (:mod:`lowbit.methods.columns.triton`); the errors
     of blocks, and of runs of blocks, are then applied to as many later columns in one product. It changes results by
     the order of float additions only. Works on the transpose, so that a column is contiguous. Cost out * in²; memory
     2 * out * in floats.
@@ -134,6 +134,6 @@ def _kernel(
     D: Tensor, T: Tensor, L: Tensor, group_of: Tensor, fmt: Format, step: Tensor, zero: Tensor | None
 ) -> RoundBlock:
     """The same in one launch a block."""
-    from lowbit.methods.columns_triton import rounder  # needs triton, which only a GPU has
+    from lowbit.methods.columns.triton import rounder  # needs triton, which only a GPU has
 
     return rounder(D, T, L, group_of, fmt, step, zero)

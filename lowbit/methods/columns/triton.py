@@ -16,7 +16,7 @@ import triton.language as tl
 
 from lowbit.arrays import Tensor
 from lowbit.formats.format import Format
-from lowbit.formats.grids import IntGrid, Table, _codebook
+from lowbit.formats.grids import IntGrid, Table, codebook
 from lowbit.formats.snap import divisible
 
 _ROWS, _WARPS = 32, 2  # of a program; the fastest of those tried on an H200, by a little
@@ -32,7 +32,7 @@ def rounder(
         bounds, values, codes, top, depth = step, step, step, grid.levels - 1, 0
     else:
         assert isinstance(grid, Table)
-        book, shift, divisor = _codebook(grid.name, D.device), step, divisor.reciprocal()
+        book, shift, divisor = codebook(grid.name, D.device), step, divisor.reciprocal()
         depth, top = math.ceil(math.log2(len(book.sorted))), 0
         bounds = torch.full(((1 << depth) - 1,), math.inf, device=D.device)
         bounds[: len(book.bounds)] = book.bounds

@@ -56,6 +56,13 @@ class Gram(Stat):
     def nbytes(n_in: int) -> int:
         return 4 * n_in * n_in
 
+    @classmethod
+    def of(cls, total: Float[Tensor, "in in"], tokens: int) -> Gram:
+        """From the symmetric matrix itself."""
+        gram = cls(total.shape[0], total.device)
+        gram._upper, gram.tokens = torch.triu(total), tokens
+        return gram
+
     def update(self, x: Float[Tensor, "tokens in"]) -> None:
         self.memo.clear()
         n, gpu = x.shape[1], x.is_cuda

@@ -65,7 +65,10 @@ class Encoder(Protocol):
 
 @runtime_checkable
 class Entry(Protocol):
-    """Another way into a linear: inputs go through ``enter`` and meet another matrix. ``W x = weight(W) enter(x)``."""
+    """Another way into a linear: inputs go through ``enter`` and meet another matrix. ``W x = weight(W) enter(x)``.
+
+    ``orthogonal`` (False where it is missing): ``weight`` is a rotation, and so maps gradients too.
+    """
 
     def enter(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens inner"]: ...
 
@@ -167,8 +170,12 @@ class BlockTuner(Protocol):
         stats: Mapping[str, Stats],
         formats: Mapping[str, Format],
         modules: Mapping[str, nn.Module],
+        entries: Mapping[str, Entry],
     ) -> Mapping[str, QTensor]:
-        """``run(block, hidden, i)`` is the block's output for windows that begin with the i-th, with gradients."""
+        """``run(block, hidden, i)`` is the block's output for windows that begin with the i-th, with gradients.
+
+        Weights, statistics and codes are those behind ``entries``; the block's own linears know nothing of them.
+        """
 
 
 _HELPERS: frozenset[str] = frozenset({"base"})

@@ -130,7 +130,7 @@ class Qllm:
                 if (fmt := block.format(site)) and (rounding := block.activation(site))
             ]
             found = stats.get(sites[0])
-            if len(linears) < len(sites) or found is None or Reservoir not in found:
+            if sites == left_alone or len(linears) < len(sites) or found is None or Reservoir not in found:
                 continue
             columns = self._columns(linears, found)
             if columns is not None:

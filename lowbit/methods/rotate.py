@@ -40,6 +40,7 @@ class Rotation:
 
     signs: Codes
     size: int
+    orthogonal: ClassVar[bool] = True
 
     @classmethod
     def random(cls, width: int, seed: int, device: torch.device | str = "cpu") -> Rotation:

@@ -34,8 +34,8 @@ from lowbit.arrays import Float, Matrix, Tensor
 from lowbit.calibration.stats import Gram, Stat, Stats
 from lowbit.errors import CalibrationError, RecipeError
 from lowbit.formats.format import Format
-from lowbit.formats.qtensor import QTensor
-from lowbit.methods.base import Kind, Weight
+from lowbit.formats.qtensor import QTensor, Raw
+from lowbit.methods.base import Entry, Kind, Weight
 from lowbit.methods.columns import feedback, round_columns
 from lowbit.methods.training.residual import Run, lack, order_and_writers, relative
 from lowbit.methods.training.rounding import Rounding, learnable
@@ -84,6 +84,7 @@ class Tune:
         stats: Mapping[str, Stats],
         formats: Mapping[str, Format],
         modules: Mapping[str, nn.Module],
+        entries: Mapping[str, Entry],
     ) -> Mapping[str, QTensor]:
         """Codes of every site of ``weights``; the block is left as it was.
 
@@ -96,9 +97,9 @@ class Tune:
             learnable(fmt, site)
         kept = {site: module.weight for site, module in modules.items()}
         try:
-            roundings = self._start(block, run, inputs, targets, weights, stats, formats, modules)
+            roundings = self._start(block, run, inputs, targets, weights, stats, formats, modules, entries)
             if self.steps:
-                self._descend(block, run, inputs, targets, roundings, modules)
+                self._descend(block, run, inputs, targets, roundings, modules, entries)
         finally:
             for site, module in modules.items():
                 module.weight = kept[site]
@@ -107,20 +108,22 @@ class Tune:
     def _start(
         self, block: nn.Module, run: Run, inputs: Tensor, targets: Tensor, weights: Mapping[str, Weight],
         stats: Mapping[str, Stats], formats: Mapping[str, Format], modules: Mapping[str, nn.Module],
+        entries: Mapping[str, Entry],
     ) -> dict[str, Rounding]:  # fmt: skip
         """Every linear rounded, in order of execution; those that write to the stream after what they can correct."""
         order, writers = order_and_writers(block, run, inputs[:1], modules)
         found = {}
         for site in order:
-            w, gram = weights[site], _gram(stats.get(site))
+            w, gram, entry = weights[site], _gram(stats.get(site)), entries.get(site)
             missing = None
             if self.share and site in writers:
                 missing = lack(block, run, inputs, targets, modules[site], self.batch)
             if missing is not None:
-                w = Weight(site, w.matrix + missing.correction(self.share, self.ridge), w.ranges)
-                gram = missing.gram
+                dW = missing.correction(self.share, self.ridge)
+                w = Weight(site, w.matrix + (dW if entry is None else entry.weight(dW)), w.ranges)
+                gram = missing.gram if entry is None else _entered(missing.gram, entry)
             found[site] = self._round(w, gram, formats[site])
-            set_matrix(modules[site], found[site].weight())
+            set_matrix(modules[site], _outside(found[site].weight(), entry))
         return found
 
     def _round(self, w: Weight, gram: Gram | None, fmt: Format) -> Rounding:
@@ -140,13 +143,13 @@ class Tune:
 
     def _descend(
         self, block: nn.Module, run: Run, inputs: Tensor, targets: Tensor, roundings: Mapping[str, Rounding],
-        modules: Mapping[str, nn.Module],
+        modules: Mapping[str, nn.Module], entries: Mapping[str, Entry],
     ) -> None:  # fmt: skip
         """Signed gradient descent on all linears together."""
         loss = torch.zeros(())
         for step, i in zip(range(self.steps), self._windows(len(inputs)), strict=False):
             for site, rounding in roundings.items():
-                set_matrix(modules[site], rounding.weight())
+                set_matrix(modules[site], _outside(rounding.weight(), entries.get(site)))
                 modules[site].weight.requires_grad_(True)
             with torch.enable_grad():
                 out = run(block, inputs[i : i + self.batch], i).to(torch.float32)
@@ -156,7 +159,9 @@ class Tune:
             left = 1 - step / self.steps
             for site, rounding in roundings.items():
                 if (grad := _gradient(modules[site])) is not None:  # an expert may have had no token
-                    rounding.move(grad, self.lr * left, self.scale_lr * left)
+                    entry = entries.get(site)
+                    inside = grad if entry is None else entry.weight(grad)
+                    rounding.move(inside, self.lr * left, self.scale_lr * left)
         if not math.isfinite(float(loss.detach())):
             raise CalibrationError(
                 "the loss of learned rounding is not finite", where=next(iter(modules)),
@@ -170,6 +175,16 @@ class Tune:
         while True:
             for k in torch.randperm(len(starts), generator=generator).tolist():
                 yield starts[k]
+
+
+def _outside(inner: Matrix, entry: Entry | None) -> Matrix:
+    """The matrix that the block's own inputs meet."""
+    return inner if entry is None else entry.wrap(Raw.of(inner)).decode()
+
+
+def _entered(gram: Gram, entry: Entry) -> Gram:
+    """The Gram matrix of entered inputs, from that of the inputs: both of its sides enter."""
+    return Gram.of(entry.enter(entry.enter(gram.sum()).t().contiguous()), gram.tokens)
 
 
 def _gram(stats: Stats | None) -> Gram | None:

@@ -68,9 +68,7 @@ class Source:
         """A copy of the module ``prefix`` with its weights in ``dtype``; the caller drops it when done."""
         return self.fill(copy.deepcopy(self.skeleton.get_submodule(prefix)), prefix, dtype, device).eval()
 
-    def fill(
-        self, module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device | None = None
-    ) -> nn.Module:
+    def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
         """Give a module of the skeleton its weights in ``dtype``, in place; buffers keep their own dtype."""
         for name, held in list(stored(module)):
             full, (parent, _, leaf) = f"{prefix}.{name}", name.rpartition(".")

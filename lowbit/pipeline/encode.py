@@ -123,19 +123,21 @@ class BlockWork:
         tuner = self.recipe.tuner
         assert tuner is not None
         assert self.hidden is not None
-        if self.view.entries:
-            raise RecipeError(
-                "a tuner cannot follow a step that changes how inputs enter a linear",
-                where=next(iter(self.view.entries)), why="it runs the block's own linears", fix="gptq after that step",
-            )  # fmt: skip
+        for site, entry in self.view.entries.items():
+            if not getattr(entry, "orthogonal", False):
+                raise RecipeError(
+                    "a tuner can follow rotations only", where=site, fix="gptq after that step",
+                    why="gradients do not go back through other ways into a linear",
+                )  # fmt: skip
         started = time.perf_counter()
         found = self._observe(self.stages, self.needs)
         weights = {site: self.view.to_encode(site) for site in self.sites}
         formats = {site: t.format for site, (_, t) in self.sites.items()}
         modules = {site: self.view.module(site) for site in self.sites}
         codes = tuner(
-            self.block, self._run_with_gradients, self.hidden.data, targets.data, weights, found, formats, modules
-        )
+            self.block, self._run_with_gradients, self.hidden.data, targets.data, weights, found, formats, modules,
+            self.view.entries,
+        )  # fmt: skip
         each = (time.perf_counter() - started) / len(self.sites)
         for site in self.sites:
             self._finish(site, codes[site], weights[site].matrix, found.get(site), each)

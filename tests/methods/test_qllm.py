@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -211,6 +212,21 @@ def test_a_folded_correction_brings_outputs_closer(fmt: str) -> None:
     assert after < 0.95 * before
     edits = list(Qllm()(OneNorm({"w": W}, fmt, "int4-token"), stats_of(x[:1500], "block.w")))
     assert isinstance(edits[-1], SetWeight)
+
+
+def test_a_correction_makes_up_for_rounded_inputs_too() -> None:
+    """Weights of 8 bits have nothing to correct; against noise in the inputs the best weight is another."""
+    x, W = correlated(2000, 96), normal(64, 96, seed=3) / 8
+    stats, fresh = stats_of(x[:1500], "w")["w"], x[1500:]
+    noisy, clean = (Linear("w", W, preset("int8-row-sym"), activation(f"int{bits}-token")) for bits in (2, 8))
+    folded = corrected(noisy, unchanged(96), stats, 8)
+    assert folded is not None
+    target = fresh @ W.t()
+    assert replace(noisy, W=folded).error(unchanged(96), fresh, target) < 0.98 * noisy.error(
+        unchanged(96), fresh, target
+    )
+    slight = corrected(clean, unchanged(96), stats, 8)
+    assert slight is None or float((slight - W).norm()) < 0.1 * float((folded - W).norm())
 
 
 def test_a_correction_sees_split_and_merged_columns_as_what_they_are() -> None:

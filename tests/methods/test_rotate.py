@@ -114,7 +114,7 @@ def transformed(root: Path, line: str, tokens: torch.Tensor) -> tuple[Any, dict[
         stages = discover(stream, i, block, hidden, [site.name for site in source.sites(name)])
         inputs = [shared for stage in stages for shared in stage.inputs]
         treatments = {site: t for site, (_, t) in coverage.in_block(name).items()}
-        run = lambda i=i, block=block: stream.run(i, block, hidden.data[:1])  # noqa: E731
+        run = lambda block, i=i: stream.run(i, block, hidden.data[:1])  # noqa: E731
         view = View(source, name, block, treatments, inputs, run, Edges())
         for _, transform in recipe.transforms:
             for edit in transform(view, {}):

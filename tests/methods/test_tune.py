@@ -192,7 +192,15 @@ class View:
     def tune(self, **options: Any) -> dict[str, QTensor]:
         return dict(
             Tune(**options)(
-                self.block, self.run, self.inputs, self.targets, self.weights, self.stats, self.formats, self.modules
+                self.block,
+                self.run,
+                self.inputs,
+                self.targets,
+                self.weights,
+                self.stats,
+                self.formats,
+                self.modules,
+                {},
             )
         )
 
@@ -319,7 +327,7 @@ def test_blocks_across_rows_are_refused(llama: View) -> None:
     with pytest.raises(FormatError, match="blocks along rows"):
         Tune()(
             llama.block, llama.run, llama.inputs, llama.targets, llama.weights, llama.stats,
-            dict.fromkeys(llama.modules, flat), llama.modules,
+            dict.fromkeys(llama.modules, flat), llama.modules, {},
         )  # fmt: skip
 
 
@@ -329,6 +337,14 @@ def test_a_loss_that_is_not_finite_is_an_error_and_the_block_is_put_back(llama: 
     targets[:] = torch.inf
     with pytest.raises(CalibrationError, match="not finite"):
         Tune(steps=2, share=0.0)(
-            llama.block, llama.run, llama.inputs, targets, llama.weights, llama.stats, llama.formats, llama.modules
+            llama.block,
+            llama.run,
+            llama.inputs,
+            targets,
+            llama.weights,
+            llama.stats,
+            llama.formats,
+            llama.modules,
+            {},
         )
     assert all(torch.equal(p, before[name]) for name, p in llama.block.named_parameters())

@@ -97,9 +97,6 @@ def test_roles_of_a_block_with_experts(families: dict[str, Path]) -> None:
         f"{block}.post_attention_layernorm",
     )
     assert found.norms["model.norm"] == (0.0, False)
-    assert roles(of_model(family_model("gemma")), Stream(of_model(family_model("gemma")), torch.float32)).norms[
-        "model.norm"
-    ] == (1.0, False)
 
 
 def test_a_channel_that_sticks_out_does_so_no_more(tokens: torch.Tensor) -> None:
@@ -117,7 +114,7 @@ def test_a_channel_that_sticks_out_does_so_no_more(tokens: torch.Tensor) -> None
 
 
 def test_a_head_of_its_own_is_counted(families: dict[str, Path]) -> None:
-    tied, untied = of_directory(families["mistral"]), of_directory(families["llama"])
+    tied = of_directory(families["mistral"])
     other = rotated(tied)
     assert tied.tied
     assert not other.tied
@@ -125,16 +122,15 @@ def test_a_head_of_its_own_is_counted(families: dict[str, Path]) -> None:
     assert tied.config.tie_word_embeddings
     assert other.store.nbytes() == tied.store.nbytes() + 4 * 288 * 64
     assert [s.name for s in other.head_sites()] == ["lm_head"]
-    assert rotated(untied).store.nbytes() == untied.store.nbytes()
 
 
 def test_identity_is_that_of_weights_and_seed(llama: Path) -> None:
     source = of_directory(llama)
-    digests = {source.digest, rotated(source, 0).digest, rotated(source, 1).digest}
-    assert len(digests) == 3
-    again = rotated(of_directory(llama), 1)
-    assert again.digest in digests
-    assert again.root == source.root
+    one, two = rotated(source, 0), rotated(source, 1)
+    assert len({source.digest, one.digest, two.digest}) == 3
+    again = Source(two.name, two.config, two.store, two.root)
+    assert again.digest == two.digest
+    assert two.root == source.root
 
 
 def test_a_bias_behind_a_gain_of_zero_cannot_be_moved() -> None:

@@ -87,9 +87,9 @@ def fold(
 
 def find(block: nn.Module, run: Run) -> list[Edge]:
     """Every edge of a block, producers in order of definition. Cost about three runs a linear, on a small sample."""
-    candidates = [*_from_norms(block, run), *_within_experts(block), *_from_linears(block, run)]
-    found = []
-    for edge in candidates:
+    within = list(_within_experts(block))
+    found = within if within and survives(block, run, within) else []  # many at once: there may be hundreds
+    for edge in [*_from_norms(block, run), *([] if found else within), *_from_linears(block, run)]:
         if survives(block, run, [edge]):
             found.append(edge)
         elif edge.norm and survives(block, run, [shifted := _with_offset(edge)]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from lowbit.errors import CoverageError, FormatError, RecipeError
 from lowbit.models.graph import Site, other_matrices, outside_blocks, routers
@@ -37,8 +38,22 @@ class Coverage:
         """Share of all parameters that become codes."""
         return self.quantized / self.parameters
 
+    @property
+    def nbytes(self) -> int:
+        """What the codes of all of them take; a lower bound where a method decides by the inputs (llmint8)."""
+        return sum(code_bytes(treatment, site.shape) for site, treatment in self.treated.values())
+
     def in_block(self, block: str) -> dict[str, tuple[Site, Treatment]]:
         return {name: value for name, value in self.treated.items() if name.startswith(block + ".")}
+
+
+def code_bytes(treatment: Treatment, shape: tuple[int, int]) -> int:
+    """What one linear will take: its format's bytes, and what its method adds to them."""
+    method: Any = treatment.encoder
+    if hasattr(method, "nbytes"):
+        return int(method.nbytes(treatment.format, shape))
+    extra = int(method.extra_nbytes(shape)) if hasattr(method, "extra_nbytes") else 0
+    return treatment.format.nbytes(shape) + extra
 
 
 def audit(source: Source, recipe: Recipe) -> Coverage:

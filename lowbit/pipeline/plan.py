@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -103,12 +103,14 @@ def plan(source: Source, recipe: Recipe, rates: Rates, dtype: torch.dtype = torc
     """Price a recipe; loads no weights. Raises what :func:`audit` raises."""
     coverage = audit(source, recipe)
     treated = list(coverage.treated.values())
-    low = sum(t.format.nbytes(site.shape) for site, t in treated)
+    low = coverage.nbytes
     kept = 2 * (coverage.parameters - coverage.quantized)
     tokens = recipe.calibration.samples * recipe.calibration.length if recipe.calibrated else 0
     return Plan(
         sites=len(treated), parameters=coverage.parameters, quantized=coverage.quantized, bytes_quantized=low,
-        bytes_kept=kept, bits_per_weight=8 * low / coverage.quantized, bytes_source_16bit=2 * coverage.parameters,
+        bytes_kept=kept, 
+        bits_per_weight=8 * low / coverage.quantized if coverage.quantized else 16.0,
+        bytes_source_16bit=2 * coverage.parameters,
         stages=tuple(_stages(source, recipe, coverage, rates, tokens, dtype)), kept=coverage.kept,
     )  # fmt: skip
 
@@ -117,10 +119,12 @@ def _stages(
     source: Source, recipe: Recipe, coverage: Coverage, rates: Rates, tokens: int, dtype: torch.dtype
 ) -> list[StageCost]:
     treated = list(coverage.treated.values())
-    block = max(sum(4 * math.prod(s.shape) for s, _ in coverage.in_block(b).values()) for b in source.blocks)
-    widest = max(math.prod(s.shape) for s, _ in treated)
+    block = max(sum(4 * math.prod(s.shape) for s in source.sites(b)) for b in source.blocks)
+    widest = max((math.prod(s.shape) for s, _ in treated), default=0)
     outside = sum(p.numel() for _, p in outside_blocks(source.skeleton, source.blocks))
-    base = rates.resident + 2 * block + 6 * 4 * widest
+    # edited weights stay in float32 beside the block; a tuner holds positions, gradients and rounded weights
+    copies = 2 + bool(recipe.transforms) + 3 * (recipe.tuner is not None)
+    base = rates.resident + copies * block + 6 * 4 * widest
     stages = [StageCost("read and write", 4 * coverage.parameters / 1e9, max(base, rates.resident + 4 * outside))]
     if tokens:
         stages += _calibration(source, recipe, coverage, rates, tokens, dtype, base + outside * dtype.itemsize)
@@ -144,10 +148,15 @@ def _calibration(
     inside = tokens * max(widths) * dtype.itemsize  # activations of all tokens within one block, as in a lockstep pass
     if inside > LIMIT or not any(t.encoder.true_sequential for _, t, _ in inputs):
         inside = inside // c.samples * min(c.batch, c.samples)
-    held = base + _TEXT + min(Hidden.nbytes(c.samples, c.length, d, dtype), LIMIT) + inside
-    products = tokens * (2 * coverage.quantized + 4 * c.length * d * len(source.blocks)) / rates.flops
-    passes = tokens * _FORWARD_PASSES * 8 * sum(widths) / rates.elementwise
+    tuner: Any = recipe.tuner
+    hidden = min(Hidden.nbytes(c.samples, c.length, d, dtype), LIMIT) * (2 if tuner else 1)  # the original's too
+    held = base + _TEXT + hidden + inside
+    rounds = 1 + len(recipe.transforms) + (4 + 3 * tuner.steps * tuner.batch / c.samples if tuner else 0)
+    products = rounds * tokens * (2 * coverage.quantized + 4 * c.length * d * len(source.blocks)) / rates.flops
+    passes = rounds * tokens * _FORWARD_PASSES * 8 * sum(widths) / rates.elementwise
     gram = max((Gram.nbytes(s.shape[1]) for s, _, kinds in inputs if Gram in kinds), default=0)
+    if recipe.transforms or tuner:  # the statistics of a whole block at once
+        gram *= max(len({s.shape[1]: 0 for s in source.sites(b)}) + 1 for b in source.blocks)
     statistics = sum(_statistics(s, kinds, tokens) for s, _, kinds in first) / rates.flops
     factors = sum(4 * s.shape[1] ** 3 for s, _, kinds in first if Gram in kinds) / rates.flops
     return [

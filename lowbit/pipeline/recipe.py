@@ -316,6 +316,10 @@ def _check_steps(recipe: Recipe, where: str) -> None:
             )  # fmt: skip
         elif step.format is None:
             raise RecipeError(f"{step.method} needs a format", where=where, fix=f"{step.method}:int4-g64")
+    if any(step.method == "qllm" for step in recipe.step) and recipe.activations is None:
+        raise RecipeError(
+            "qllm prepares inputs for rounding, and the recipe rounds none", where=where, fix="+a:int4-token"
+        )
     if recipe.encoder is None and (recipe.activations or recipe.override):
         raise RecipeError(
             "only quantized linears can round their inputs or be overridden", where=where,

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowbit.arrays import Matrix, Tensor
+from lowbit.errors import RecipeError
 from lowbit.formats.format import Format
 from lowbit.methods.base import Edit, Entry, FoldScale, Ranges, SetEntry, SetRanges, SetWeight, Weight
 from lowbit.models.edges import Edge, Run, find, fold, survives
@@ -114,6 +115,10 @@ class View:
             case SetRanges(site, ranges):
                 self.ranges[site] = ranges
             case SetEntry(sites, entry):
+                if taken := next((site for site in sites if site in self.entries), None):
+                    raise RecipeError(
+                        "two steps change how inputs enter", where=taken, fix="one of them: rotate or qllm, not both"
+                    )
                 self.entries |= dict.fromkeys(sites, entry)
 
     def _set(self, name: str, value: Tensor) -> None:

@@ -31,10 +31,11 @@ def quantize(
 ) -> PreTrainedModel:
     """Quantize a transformers model in memory by a recipe; its linears become QLinears, in place.
 
-    ``text`` is a file, ``pydoc`` (the default), ``self`` or ``random``, and needs ``tokenizer`` (found by the model's own name when
-    it came from a directory); ``tokens`` (windows, length) are used as they are. The same walk as
-    ``lowbit quantize``, run in the model's dtype on its device. ``model.save_pretrained`` writes what ``from_pretrained`` reads again. Raises RecipeError,
-    CalibrationError, ModelError and CoverageError, each before the model is touched.
+    ``text`` is a file, ``pydoc`` (the default), ``self`` or ``random``, and needs ``tokenizer`` (found by the model's
+    own name when it came from a directory); ``tokens`` (windows, length) are used as they are. The same walk as
+    ``lowbit quantize``, run in the model's dtype on its device. ``model.save_pretrained`` writes what
+    ``from_pretrained`` reads again. Raises RecipeError, CalibrationError, ModelError and CoverageError, each before
+    the model is touched.
     """
     parsed = parse(recipe)
     if getattr(model.config, "quantization_config", None) is not None:

@@ -142,7 +142,7 @@ def reference(context: StageContext) -> Mapping[str, Any]:
     """Score the original once: its token evidence, and the hidden states that exact KL needs."""
     source, windows = _source(context.params), _windows(context.params)
     model = dense_model(Path(context.params["model"]), context.params["dtype"])
-    scorer = Scorer(model, source.digest, batch=context.params["batch"])
+    scorer = Scorer(model, source.digest, batch=context.params["batch"], chunk=_chunk(context.params))
     found = scorer.reference(windows, _counter(context, windows))
     evidence.write_reference(context.folder, found)
     return {
@@ -155,7 +155,8 @@ def reference(context: StageContext) -> Mapping[str, Any]:
 def floor(context: StageContext) -> Mapping[str, Any]:
     """The noise floor: the same weights, scored with another batch size."""
     model = dense_model(Path(context.params["model"]), context.params["dtype"])
-    return _score(context, Scorer(model, context.params["model_digest"], batch=context.params["batch"] + 1))
+    batch, chunk = context.params["batch"] + 1, _chunk(context.params)
+    return _score(context, Scorer(model, context.params["model_digest"], batch=batch, chunk=chunk))
 
 
 def score(context: StageContext) -> Mapping[str, Any]:
@@ -168,12 +169,20 @@ def score(context: StageContext) -> Mapping[str, Any]:
         model = facade.load(path, dtype=torch_dtype(context.params["dtype"]), kernels="dense")
     else:
         model = dense_model(path, context.params["dtype"])
-    return {**described, **_score(context, Scorer(model, described["digest"], batch=context.params["batch"]))}
+    kv, chunk = facade.cache_format(model), _chunk(context.params)
+    scorer = Scorer(model, described["digest"], batch=context.params["batch"], kv=kv, chunk=chunk)
+    return {**described, **_score(context, scorer)}
 
 
 def attribute(context: StageContext) -> Mapping[str, Any]:
     """KL of each block alone, on a few short windows."""
     source = _source(context.params)
+    manifest = native.verify(context.input_checkpoint(0), contents=False)
+    if Recipe.model_validate(manifest["recipe"]).transforms:
+        raise StudyError(
+            "blocks of a transformed model do not fit between those of the original", where="attribute",
+            fix="attribute recipes without transforms",
+        )  # fmt: skip
     held: dict[str, dict[str, QTensor]] = {block: {} for block in source.blocks}
     for site, q in native.qtensors(context.input_checkpoint(0)):
         held[next(b for b in source.blocks if site.startswith(b + "."))][site] = q
@@ -211,6 +220,11 @@ def _score(context: StageContext, scorer: Scorer) -> dict[str, Any]:
     tokens, provenance = scorer.score(windows, reference, _counter(context, windows))
     evidence.write_tokens(context.folder, tokens, provenance)
     return {"identity": scorer.identity, "kl": float(tokens.kl.mean())}
+
+
+def _chunk(params: Mapping[str, Any]) -> int | None:
+    """How many tokens at a time the protocol runs through the cache; None for a whole window at once."""
+    return parse(params["protocol"]).chunk
 
 
 def _source(params: Mapping[str, Any]) -> Source:

@@ -36,7 +36,7 @@ def test_a_method_is_a_frozen_dataclass_with_defaults_that_says_what_it_is(name:
     assert made == method(name)
     assert all(issubclass(kind, Stat) for kind in made.needs)
     assert module.__doc__
-    assert re.search(r"arXiv \d{4}\.\d{4,5}", module.__doc__), "a method cites its source"
+    assert re.search(r"arXiv \d{4}\.\d{4,5}|https://", module.__doc__), "a method cites its source"
     for field in dataclasses.fields(made):
         described = f"``{field.name}" in module.__doc__ or re.search(
             rf"^    {field.name}: .*  # \S", source(name), re.M

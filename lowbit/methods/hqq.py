@@ -1,6 +1,7 @@
 """HQQ: move every block's zero point to where rounding loses least, by a norm that forgives outliers. No text needed.
 
-Badri and Shaji, "Half-Quadratic Quantization" (2023). With the scale s fixed by min-max, minimise over the zero z
+Badri and Shaji, "Half-Quadratic Quantization" (2023, https://mobiusml.github.io/hqq_blog). With the scale s fixed by
+min-max, minimise over the zero z
 
     sum |w - s (q - z)|^p,   q = clamp(round(w / s + z)),   p < 1
 

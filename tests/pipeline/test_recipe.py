@@ -163,3 +163,28 @@ def test_overrides_that_decide_nothing_are_errors(toml: Path) -> None:
 def test_calibration_changes_are_checked_too() -> None:
     with pytest.raises(RecipeError, match=r"calibration\.samples"):
         with_calibration(parse("rtn:int4-g64"), samples=0)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "smoothquant,alpha=auto+gptq:int4-g64,damp=0.02+a:int8-token+kv:int4-head",
+        "rotate,fused=true+rtn:int4-g64+a:int4-token+kv:int4-channel32:int2-head,sink=4,window=32",
+        "awq+clip+rtn:int4-g64+until:transforms",
+        "kv:int8-head",
+        "rotate",
+    ],
+)
+def test_a_composed_line_is_spelled_as_it_was(line: str) -> None:
+    assert parse(line).line == line
+    assert parse(parse(line).line) == parse(line)
+
+
+def test_a_composed_file_is_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "w8a8.toml"
+    path.write_text(
+        '[[step]]\nmethod = "smoothquant"\noptions = { alpha = 0.8 }\n'
+        '[[step]]\nmethod = "rtn"\nformat = "int8-row-sym"\n'
+        '[activations]\nformat = "int8-token"\n[kv]\nkey = "int4-head"\nvalue = "int4-head"\n'
+    )
+    assert parse(str(path)) == parse("smoothquant,alpha=0.8+rtn:int8-row-sym+a:int8-token+kv:int4-head")

@@ -44,11 +44,11 @@ from lowbit.methods.base import Kind, Weight
 class Hqq:
     kind: ClassVar[Kind] = "encoder"
     p: float = 0.7  # the norm: 1 is the mean error, less forgives outliers more
-    beta: float = 10.0
-    kappa: float = 1.01
-    iterations: int = 20
+    beta: float = 10.0  # how strictly the auxiliary error is held to the real one at first
+    kappa: float = 1.01  # by what beta grows each time
+    iterations: int = 20  # at most
     clip: int = 0  # smaller ranges searched for the scale; 0 is min-max
-    true_sequential: bool = False
+    true_sequential: bool = False  # no statistics are used
 
     def __post_init__(self) -> None:
         if not (0 < self.p <= 1 and self.beta > 0 and self.kappa >= 1 and self.iterations >= 0 and self.clip >= 0):

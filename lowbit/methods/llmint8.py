@@ -31,7 +31,7 @@ class LlmInt8:
     threshold: float = 6.0  # the magnitude from which an input is an outlier; 0: all are
     relative: bool = False  # in units of the median channel's largest magnitude, for models of other widths
     clip: int = 0  # smaller ranges searched a block; 0 is min-max, as in the paper
-    true_sequential: bool = False
+    true_sequential: bool = False  # statistics from the block with its earlier linears already quantized
 
     def __post_init__(self) -> None:
         if not (self.threshold >= 0 and self.clip >= 0):

@@ -46,7 +46,7 @@ class Outliers:
     base: str = "rtn"  # or gptq: how the rest is rounded
     clip: int = 20  # smaller ranges searched a block for the rest; 0 is min-max
     damp: float = 0.01  # added to the diagonal of H, as a share of its mean
-    true_sequential: bool = True
+    true_sequential: bool = True  # statistics from the block with its earlier linears already quantized
 
     def __post_init__(self) -> None:
         for value, known in ((self.by, _BY), (self.base, _BASES)):

@@ -45,7 +45,7 @@ from lowbit.formats.activation import ActivationFormat, activation
 from lowbit.formats.format import Format
 from lowbit.formats.heads import head_format
 from lowbit.formats.presets import preset
-from lowbit.methods.base import BlockTuner, Encoder, Transform, kind, method
+from lowbit.methods.base import BlockTuner, Encoder, Transform, kind, method, names
 
 NO_ENCODER = "the recipe has no encoder: 16 bit"
 
@@ -247,6 +247,12 @@ def parse(text: str) -> Recipe:
         elif name == "kv":
             key, _, val = fmt.partition(":")
             value["kv"] = {"key": key, "value": val or key, **options}
+        elif not colon and name not in names():
+            raise RecipeError(
+                f"{part!r} is not METHOD:FORMAT, and no transform",
+                where=text,
+                fix=f"gptq:int4-g64; {nearest(name, names())}",
+            )
         else:
             steps.append({"method": name, "format": fmt or None, "options": options})
     return _checked(value, text)

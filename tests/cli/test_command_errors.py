@@ -155,7 +155,7 @@ def test_a_study_that_was_not_run_or_is_not_there(run: Run, llama: Path) -> None
 
 
 def test_an_interrupt_says_what_is_kept(run: Run, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any) -> Any:
+    def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stages, "make", interrupted)
@@ -165,7 +165,7 @@ def test_an_interrupt_says_what_is_kept(run: Run, llama: Path, monkeypatch: pyte
 
 
 def test_a_defect_is_not_swallowed(run: Run, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def defective(*_: Any) -> Any:
+    def defective(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("a defect")
 
     monkeypatch.setattr(stages, "make", defective)

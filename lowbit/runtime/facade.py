@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowbit.arrays import Tensor
 from lowbit.calibration.synthetic import calibration_tokens
-from lowbit.errors import CheckpointError, ModelError, RecipeError
+from lowbit.errors import CheckpointError, FormatError, ModelError, RecipeError
 from lowbit.formats.activation import Input
 from lowbit.formats.heads import CacheFormat
-from lowbit.formats.qtensor import QTensor
+from lowbit.formats.qtensor import Nested, QTensor
 from lowbit.io import native
+from lowbit.methods.nested import at_bits
 from lowbit.models.graph import split_experts
 from lowbit.models.source import Source, of_model
 from lowbit.pipeline.recipe import Calibration, parse
@@ -23,7 +24,7 @@ from lowbit.pipeline.result import Finished
 from lowbit.pipeline.walk import prepared, walk
 from lowbit.runtime import transformers_quantizer
 from lowbit.runtime.kernels import check_policy
-from lowbit.runtime.linear import QLinear
+from lowbit.runtime.linear import PackedWeight, QLinear
 
 
 def quantize(
@@ -70,12 +71,14 @@ def quantize(
 
 
 def load(
-    path: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", kernels: str = "auto"
-) -> PreTrainedModel:
+    path: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", kernels: str = "auto",
+    bits: int | None = None,
+) -> PreTrainedModel:  # fmt: skip
     """Load a native checkpoint as a transformers model, after checking every byte against its manifest.
 
     ``dtype`` is that of activations and of what is not quantized (default: bfloat16 where the processor multiplies it
-    in hardware, else float32). ``kernels``: see :meth:`QLinear.use`. Raises CheckpointError, also for a directory
+    in hardware, else float32). ``kernels``: see :meth:`QLinear.use`. ``bits`` reads nested weights (MatQuant) at that
+    width, whatever it was made for; FormatError where there are none. Raises CheckpointError, also for a directory
     without a manifest: what ``save_pretrained`` wrote is read by ``AutoModelForCausalLM.from_pretrained``.
     """
     check_policy(kernels)
@@ -92,9 +95,21 @@ def load(
         )
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise ModelError(f"transformers cannot load it: {error}", where=str(root)) from error
+    if bits is not None:
+        _read_at(model, bits, str(root))
     use_kernels(model, kernels)
     model.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps the method, and its types
     return model
+
+
+def _read_at(model: PreTrainedModel, bits: int, where: str) -> None:
+    linears = [m for m in model.modules() if isinstance(m, QLinear) and m.weight.spec.node == "Nested"]
+    if not linears:
+        raise FormatError("holds no nested weights", where=where, fix="lowbit quantize MODEL nested:int8-row -o OUT")
+    for linear in linears:
+        q = linear.weight.qtensor()
+        assert isinstance(q, Nested)  # by its spec
+        linear.weight = PackedWeight.of(at_bits(q, bits), linear.weight.dtype)
 
 
 def cache_format(model: PreTrainedModel) -> CacheFormat | None:

@@ -65,7 +65,7 @@ def main() -> None:
             windows = cut.cut(ids, arguments.windows, read.name, read.digest)
             if chunk not in references:
                 references[chunk] = Scorer(original, source.digest, chunk=chunk).reference(windows)
-            row = {"model": arguments.model, "group": group, "recipe": line, "protocol": windows.protocol}
+            row = {"model": arguments.model, "group": group, "recipe": line, "protocol": str(cut)}
             row |= _measure(arguments, recipe, windows, references[chunk])
             row |= {"tokens": windows.scored, "calibration": [read_name(arguments), arguments.samples,
                     arguments.calibration_length], "device": arguments.device, "processor": platform.processor(),

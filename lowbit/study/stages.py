@@ -147,7 +147,7 @@ def reference(context: StageContext) -> Mapping[str, Any]:
     evidence.write_reference(context.folder, found)
     return {
         "windows": len(windows.ids), "length": int(windows.ids.shape[1]), "tokens": windows.scored,
-        "text": windows.text, "text_digest": windows.text_digest, "protocol": windows.protocol,
+        "text": windows.text, "text_digest": windows.text_digest, "protocol": found.provenance.protocol,
         "identity": scorer.identity, "dtype": found.provenance.dtype, **describe_dense(source),
     }  # fmt: skip
 

@@ -134,7 +134,8 @@ def _from_linears(block: nn.Module, run: Run) -> Iterator[Edge]:
     linears = {n: m for n, m in block.named_modules() if is_linear(m) and ".experts." not in f".{n}"}
     _, plain = _tensors({}, linears, run)
     for name, module in linears.items():
-        factors = _factors(matrix(module).shape[0], seed=1, device=matrix(module).device)
+        # none near one, which would be the factor of every input that does not depend on this linear
+        factors = 4 * _factors(matrix(module).shape[0], seed=1, device=matrix(module).device)
         handle = module.register_forward_hook(lambda _m, _i, out, f=factors: out * f.to(out.dtype))  # type: ignore[misc]
         try:
             _, scaled = _tensors({}, linears, run)

@@ -81,3 +81,22 @@ def test_a_fold_divides_the_producer_and_multiplies_the_consumers(llama: Path, t
     for consumer in edge.consumers:
         ratio = changed[f"{consumer}.weight"] / block.get_parameter(f"{consumer}.weight")
         assert torch.allclose(ratio, scale[edge.channel].expand_as(ratio))
+
+
+class _Gated(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(width, inner, bias=False), nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_a_wide_linear_is_not_taken_for_the_producer_of_what_it_does_not_change() -> None:
+    """With 11008 factors one lies within the tolerance of any number; none may lie near one."""
+    torch.manual_seed(0)
+    block, x = _Gated(8, 11008), torch.randn(1, 4, 8)
+    with torch.no_grad():
+        edges = find(block, lambda: block(x))
+    assert [(edge.producer, edge.consumers) for edge in edges] == [("up_proj", ("down_proj",))]

@@ -15,8 +15,8 @@ test: $(VENV)/.dev
 check: $(VENV)/.dev
 	scripts/check
 
-# torch first: a range would let pip choose a build with several gigabytes of CUDA libraries.
-$(VENV)/.base: pyproject.toml constraints.txt
+# Building needs a C++17 compiler; pip fetches the rest. torch first: a range would let pip choose a build with several gigabytes of CUDA libraries.
+$(VENV)/.base: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt -e .
@@ -32,4 +32,4 @@ $(VENV)/.dev: $(VENV)/.base
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs CMakeCache.txt CMakeFiles build.ninja lowbit/_native*.so

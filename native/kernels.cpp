@@ -1,0 +1,42 @@
+#include "kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+namespace lowbit {
+
+std::vector<const Kernels*> available() {
+    static const Kernels portable_kernels{"portable", portable::store, portable::multiply};
+    std::vector<const Kernels*> out{&portable_kernels};
+#if defined(__x86_64__)
+    static const Kernels avx2_kernels{"avx2", avx2::store, avx2::multiply};
+    static const Kernels avx512_kernels{"avx512", avx512::store, avx512::multiply};
+    static const Kernels vbmi_kernels{"vbmi", vbmi::store, vbmi::multiply};
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("bmi2") || !__builtin_cpu_supports("popcnt")) return out;
+    out.push_back(&avx2_kernels);
+    if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
+        !__builtin_cpu_supports("avx512vl")) {
+        return out;
+    }
+    out.push_back(&avx512_kernels);
+    if (__builtin_cpu_supports("avx512vbmi")) out.push_back(&vbmi_kernels);
+#elif defined(__aarch64__)
+    static const Kernels neon_kernels{"neon", neon::store, neon::multiply};
+    out.push_back(&neon_kernels);
+#endif
+    return out;
+}
+
+const Kernels& kernels() {
+    static const std::vector<const Kernels*> all = available();
+    const char* wanted = std::getenv("LOWBIT_ISA");
+    if (!wanted || !*wanted) return *all.back();
+    for (const Kernels* k : all) {
+        if (!std::strcmp(k->name, wanted)) return *k;
+    }
+    throw std::invalid_argument(std::string("LOWBIT_ISA=") + wanted + " is nothing that this processor runs");
+}
+
+}  // namespace lowbit

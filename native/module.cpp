@@ -1,0 +1,21 @@
+// lowbit._native: everything of the package that is compiled.
+
+#include <nanobind/nanobind.h>
+
+namespace nb = nanobind;
+
+void bind_babai(nb::module_& m);
+void bind_codec(nb::module_& m);
+void bind_checksum(nb::module_& m);
+void bind_grouped(nb::module_& m);
+void bind_product(nb::module_& m);
+void bind_reader(nb::module_& m);
+
+NB_MODULE(_native, m) {
+    bind_babai(m);
+    bind_codec(m);
+    bind_checksum(m);
+    bind_grouped(m);
+    bind_product(m);
+    bind_reader(m);
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 import lowbit
-from lowbit.cli import card, compare, doctor, generate, inspect, plan, quantize, sensitivity, study
+from lowbit.cli import card, compare, compress, doctor, generate, inspect, plan, quantize, sensitivity, study
 
 app = typer.Typer(
     name="lowbit",
@@ -38,6 +38,8 @@ app.command("quantize")(quantize.quantize)
 app.command("card")(card.card)
 app.command("compare")(compare.compare)
 app.command("sensitivity")(sensitivity.sensitivity)
+app.command("compress")(compress.compress)
+app.command("decompress")(compress.decompress)
 app.command("generate")(generate.generate)
 app.command("doctor")(doctor.doctor)
 app.add_typer(study.app, name="study")

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from lowbit.cli.options import Json, Model, emit, quiet, say
 
 _WORDS = ("site", "dtype", "format")  # columns of text, set to the left
 
 
-def inspect(model: Model, as_json: Json = False) -> None:
+def inspect(
+    model: Model,
+    entropy: Annotated[
+        bool, typer.Option("--entropy", help="What lossless coding gives, or would give, by tensor and field.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Layers, shapes, dtypes, shares of parameters and bytes, and outlier statistics of every linear.
 
     Of a low-bit checkpoint: bytes, bits and errors of every linear, after checking every byte.
     """
     quiet()
+    if entropy:
+        from lowbit.cli.entropy import show
+
+        show(model, as_json)
+        return
     from lowbit.io import native
 
     path = Path(model).expanduser()

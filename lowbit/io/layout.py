@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from lowbit import digest
 from lowbit.arrays import Tensor
+from lowbit.codec.container import open_tensors
 from lowbit.errors import CheckpointError, FormatError, RecipeError
 from lowbit.formats.activation import ActivationFormat, Input, activation
 from lowbit.formats.heads import CacheFormat
@@ -140,8 +141,9 @@ def contents_of(shard: Any, path: Path) -> Contents:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
+    """A shard, coded or plain, behind the interface of ``safe_open``; raises CheckpointError."""
     try:
-        with safe_open(path, framework="pt") as shard:
+        with open_tensors(path) as shard:
             yield shard
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"cannot be read: {error}", where=str(path), fix="remove it and run again") from error

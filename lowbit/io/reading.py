@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowbit import digest
+from lowbit.codec.container import Reader, is_coded
+from lowbit.codec.identity import of_decoded
 from lowbit.errors import CheckpointError, ModelError
 from lowbit.formats.activation import ActivationFormat
 from lowbit.formats.qtensor import QTensor
@@ -35,8 +36,8 @@ class Held:
 def verify(root: Path, contents: bool = True) -> dict[str, Any]:
     """Check a native checkpoint against its manifest, before anything is allocated; returns the manifest.
 
-    Sizes, headers, index and specs always; every byte's sha256 when ``contents``. Raises CheckpointError naming file
-    and field.
+    Sizes, headers, index and specs always; every byte's sha256 when ``contents``, that of a coded shard after decoding.
+    Raises CheckpointError naming file and field.
     """
     try:
         manifest = read_json(root / MANIFEST)
@@ -54,18 +55,27 @@ def verify(root: Path, contents: bool = True) -> dict[str, Any]:
         path = root / name
         if "/" in name or name.startswith(".") or not path.is_file():
             raise CheckpointError(f"the file {name!r} is missing", where=str(root), fix="copy the directory again")
-        if path.stat().st_size != entry.get("bytes"):
+        size = _decoded_size(path)
+        if size != entry.get("bytes"):
             raise CheckpointError(
-                f"has {path.stat().st_size} bytes, files.{name}.bytes says {entry.get('bytes')}", where=str(path),
+                f"has {size} bytes, files.{name}.bytes says {entry.get('bytes')}", where=str(path),
                 why="it was cut short or altered", fix="copy it again",
             )  # fmt: skip
-        if contents and digest.of_file_cached(path) != entry.get("sha256"):
+        if contents and of_decoded(path) != entry.get("sha256"):
             raise CheckpointError(
                 f"its bytes do not have files.{name}.sha256", where=str(path), why="it was altered",
                 fix="copy it again, or quantize again",
             )  # fmt: skip
     _check_headers(root, list(files), index)
     return manifest
+
+
+def _decoded_size(path: Path) -> int:
+    """Bytes of a shard; of a coded one, those that it decodes to, since the manifest is that of the decoded shards."""
+    if not is_coded(path):
+        return path.stat().st_size
+    with Reader(path) as reader:
+        return reader.header.nbytes
 
 
 def _check_headers(root: Path, files: list[str], index: Mapping[str, Any]) -> None:

@@ -22,14 +22,14 @@ LOCK = ".lowbit-lock"
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """A safetensors file with its metadata, the same bytes at every call; raises OSError or SafetensorError."""
-    with _partial(path) as partial:
+    with partial_file(path) as partial:
         save_file(dict(tensors), partial, metadata=dict(metadata))
         _sort_metadata(partial)
 
 
 def write_json(path: Path, value: Any) -> None:
     """A JSON file for people and programs; raises OSError, leaving no partial file."""
-    with _partial(path) as partial:
+    with partial_file(path) as partial:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -46,7 +46,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _partial(path: Path) -> Iterator[Path]:
+def partial_file(path: Path) -> Iterator[Path]:
     """A temporary name that becomes ``path``, durably, when the body has written it."""
     partial = path.with_name(path.name + ".partial")
     try:

@@ -11,6 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lowbit import digest
+from lowbit.codec.container import Reader, is_coded
+from lowbit.codec.identity import of_decoded
 from lowbit.errors import ModelError, StorageError
 
 
@@ -22,9 +24,10 @@ def convert(path: Path, say: Callable[[str], None] = lambda _: None) -> Path:
     """
     if not path.is_file():
         raise ModelError("does not exist", where=str(path), fix="the path of a .gguf file")
-    target = digest.cache_folder() / "models" / f"{path.stem}-{digest.short(digest.of_file_cached(path))}"
+    target = digest.cache_folder() / "models" / f"{path.stem}-{digest.short(of_decoded(path))}"
     if (target / "config.json").exists():
         return target  # the name holds the file's digest: it was checked when it was converted
+    path = plain(path)
     check(path)
     say(f"converting {path.name} once into {target}")
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
@@ -53,6 +56,24 @@ def convert(path: Path, say: Callable[[str], None] = lambda _: None) -> Path:
         raise StorageError(f"cannot write the converted model: {error}", where=str(target)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def plain(path: Path) -> Path:
+    """The GGUF file itself, or what a coded one decodes to, in the cache; raises CheckpointError for damaged ones."""
+    if not is_coded(path):
+        return path
+    target = digest.cache_folder() / "models" / f"{path.stem}-{digest.short(of_decoded(path))}.gguf"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+        try:
+            with Reader(path) as reader, partial.open("wb") as out:
+                for piece in reader.plain():
+                    out.write(piece.data)
+            partial.rename(target)
+        finally:
+            partial.unlink(missing_ok=True)
     return target
 
 

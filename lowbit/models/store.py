@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from lowbit import digest
 from lowbit.arrays import Tensor
+from lowbit.codec.container import Reader, as_tensor, open_tensors
+from lowbit.codec.identity import of_decoded
 from lowbit.errors import ModelError, WeightError
 
 INDEX = "model.safetensors.index.json"
@@ -30,20 +32,27 @@ class TensorStore(Protocol):
 
 
 class Files:
-    """The safetensors files of a model directory. Headers are read and checked at once, tensors on demand."""
+    """The safetensors files of a model directory. Headers are read and checked at once, tensors on demand.
+
+    Coded files (docs/reference/container.md) are read like plain ones: the same tensors and the same identity.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.files = weight_files(root)
+        self.coded: list[Path] = []
         self._where: dict[str, tuple[Any, str]] = {}
+        self._last: tuple[str, Tensor] | None = None  # experts are asked for one by one, and decoded all at once
         for path in self.files:
             try:
-                handle = safe_open(path, framework="pt")
+                handle = open_tensors(path)
             except (SafetensorError, OSError) as error:
                 raise ModelError(
                     f"cannot be read: {error}", where=str(path),
                     why="the file is truncated, altered or not safetensors", fix="download or copy it again",
                 ) from error  # fmt: skip
+            if isinstance(handle, Reader):
+                self.coded.append(path)
             for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
                 self._where[name] = (handle, path.name)
 
@@ -55,18 +64,40 @@ class Files:
         if name not in self._where:
             raise WeightError(f"the weight {name!r} is missing", where=str(self.root), fix="check the shards")
         handle = self._where[name][0]
-        tensor: Tensor = handle.get_tensor(name) if index is None else handle.get_slice(name)[index]
-        return tensor
+        if index is None:
+            whole: Tensor = handle.get_tensor(name)
+            return whole
+        if not isinstance(handle, Reader):
+            part: Tensor = handle.get_slice(name)[index]
+            return part
+        if self._last is None or self._last[0] != name:
+            self._last = (name, handle.get_tensor(name))
+        return self._last[1][index].clone()
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor, those of coded files decoded by several threads."""
+        found = {}
+        for handle in dict.fromkeys(handle for handle, _ in self._where.values()):
+            if isinstance(handle, Reader):
+                for name, data in handle.read_all():
+                    found[name] = as_tensor(handle.entries[name], data)
+            else:
+                found |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        return found
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._where[name][0].get_slice(name).get_shape())
 
     def nbytes(self) -> int:
+        """Bytes as stored."""
         return sum(path.stat().st_size for path in self.files)
 
     def digest(self) -> str:
-        """sha256 over the files' sha256; reads every byte once, then remembered by size and time of change."""
-        return digest.of_value([[path.name, digest.of_file_cached(path)] for path in self.files])
+        """sha256 over the sha256 of the files, coded ones decoded: compressing a model does not change what it is.
+
+        Reads every byte once, then remembered by size and time of change.
+        """
+        return digest.of_value([[path.name, of_decoded(path)] for path in self.files])
 
 
 class Memory:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lowbit import digest
 from lowbit.arrays import Int, Tensor
@@ -33,6 +33,7 @@ from lowbit.evaluation.protocol import Windows, parse
 from lowbit.evaluation.scorer import Scorer
 from lowbit.formats.qtensor import QTensor
 from lowbit.io import native
+from lowbit.models.pretrained import from_directory
 from lowbit.models.resolve import open_model
 from lowbit.models.source import Source, of_directory
 from lowbit.pipeline.recipe import Recipe
@@ -121,7 +122,7 @@ def describe(path: Path) -> dict[str, Any]:
     return {
         "digest": digest.of_value({name: entry["sha256"] for name, entry in files.items()}),
         "recipe": Recipe.model_validate(manifest["recipe"]).line, "source": manifest["source"],
-        "bytes_total": sum(entry["bytes"] for entry in files.values()),
+        "bytes_total": sum((path / name).stat().st_size for name in files),  # of coded shards, as stored
         "bits_per_weight": 8 * nbytes / weights if sites else 16.0, "sites": len(sites),
         "notes": dict(Counter(site["note"] for site in sites if site.get("note"))),
         "seconds": manifest["seconds"], "cpu_seconds": manifest["cpu_seconds"], "resumed": manifest["resumed"],
@@ -207,9 +208,7 @@ def torch_dtype(name: str) -> torch.dtype:
 def dense_model(root: Path, dtype: str) -> PreTrainedModel:
     """A model as transformers loads it; raises ModelError when it cannot."""
     try:
-        return AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]
-            root, dtype=torch_dtype(dtype), local_files_only=True, trust_remote_code=False
-        )
+        return from_directory(root, torch_dtype(dtype))
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"transformers cannot load it: {error}", where=str(root)) from error
 

@@ -22,7 +22,6 @@ Formats = Annotated[
     str | None,
     typer.Option("--formats", metavar="A,B,...", help="Formats to choose from; by default integers of 2 to 8 bits."),
 ]
-_WINDOWS = 8  # of calibration text: more change the order of linears little
 
 
 def sensitivity(
@@ -48,9 +47,7 @@ def sensitivity(
     from lowbit.study.stages import torch_dtype
 
     names = _named(formats)
-    parsed = with_calibration(
-        parse(coded(recipe, names[0])), text=text, samples=samples or _WINDOWS, length=length, seed=seed
-    )
+    parsed = with_calibration(parse(coded(recipe, names[0])), text=text, samples=samples, length=length, seed=seed)
     found = measured(open_model(model, say), parsed, names, torch_dtype(dtype))
     with storage(out):
         write_json(out, found.model_dump(mode="json"))
@@ -81,29 +78,44 @@ def spend(
     """
     from lowbit.errors import RecipeError
     from lowbit.pipeline.allocate import allocate
+    from lowbit.pipeline.rates import FORMATS as RATES
+    from lowbit.pipeline.rates import measurable, share, waits_for_budget
     from lowbit.pipeline.sensitivity import read
 
     if file is not None and formats is not None:
         raise RecipeError("the formats are those of the sensitivity", where=str(file), fix="leave --formats out")
-    found = measured(source, recipe, _named(formats), dtype) if file is None else read(file)
-    return allocate(source, recipe, found, budget)
+    rates = waits_for_budget(recipe)
+    if rates and formats is not None:
+        raise RecipeError("ec takes any rate, there is nothing to choose from", where="--formats", fix="leave it out")
+    names = list(RATES) if rates else _named(formats)
+    found = measured(source, measurable(recipe), names, dtype) if file is None else read(file)
+    return (share if rates else allocate)(source, recipe, found, budget)
 
 
 def told(spent: Allocation) -> list[str]:
     """What became of a budget, in words."""
     from lowbit.report.text import number, size
 
-    counts = Counter(spent.formats.values())
     lines = [
-        f"Budget {size(spent.budget)}: at most {size(spent.nbytes)} by "
-        + ", ".join(f"{n} linears in {fmt}" for fmt, n in sorted(counts.items()))
-        + f"; predicted KL {number(spent.loss)} nat a token"
+        f"Budget {size(spent.budget)}: at most {size(spent.nbytes)} by {_choices(spent)}; "
+        f"predicted KL {number(spent.loss)} nat a token"
     ]
     if spent.largest:
         lines.append(f"More bytes would change nothing: {size(spent.budget - spent.nbytes)} are left over.")
     if spent.gap > 0:
         lines.append(f"The choice is within {number(spent.gap)} of the best that exists.")
     return lines
+
+
+def _choices(spent: Allocation) -> str:
+    """How many linears have which format; rates, which all differ, by their range."""
+    from lowbit.formats.ec import Entropy
+    from lowbit.formats.presets import preset
+
+    rates = [fmt.bits for name in spent.formats.values() if isinstance(fmt := preset(name), Entropy) and fmt.bits]
+    if rates:
+        return f"{len(rates)} linears at {min(rates):.2f} to {max(rates):.2f} bits a weight"
+    return ", ".join(f"{n} linears in {fmt}" for fmt, n in sorted(Counter(spent.formats.values()).items()))
 
 
 def coded(line: str, fmt: str) -> str:
@@ -124,11 +136,9 @@ def measured(source: Source, recipe: Recipe, formats: list[str], dtype: torch.dt
     from lowbit.pipeline.sensitivity import measure, read
 
     c = recipe.calibration
-    tokens = calibration_tokens(
-        source, c.text, samples=min(c.samples, _WINDOWS), length=c.length, seed=c.seed, dtype=dtype
-    )  # fmt: skip
+    tokens = calibration_tokens(source, c.text, samples=c.samples, length=c.length, seed=c.seed, dtype=dtype)
     encoder, options = _encoder(recipe.step[-1])
-    work: list[Any] = [1, source.digest, tokens.digest, formats, encoder, options, str(dtype)]
+    work: list[Any] = [2, source.digest, tokens.digest, formats, encoder, options, str(dtype)]
     memo = digest.cache_folder() / "sensitivity" / f"{digest.of_value(work)}.json"
     if memo.exists():
         return read(memo)

@@ -18,6 +18,8 @@ and names that have a meaning elsewhere:
     mxfp4  mxfp8                         OCP microscaling: groups of 32, power-of-two scale
     nvfp4                                E2M1, groups of 16, e4m3 scale, one fp32 scale a tensor
     ternary                              groups of 128
+    ec1 .. ec8                           entropy coded at that many bits a weight, decimals allowed (ec2.5)
+    ec                                   the same at what a budget of bytes leaves
 
 Floats of four exponent bits and more reach so high that their scales would be too small for float16: they have float32.
 
@@ -36,6 +38,7 @@ import torch
 
 from lowbit.errors import RecipeError, nearest
 from lowbit.formats.blocks import Block
+from lowbit.formats.ec import entropy
 from lowbit.formats.format import Format, Stored
 from lowbit.formats.grids import Grid, IntGrid, Quantile, Table
 
@@ -76,16 +79,19 @@ PRESETS: dict[str, Format] = {f.name: f for f in _FIXED} | {
 }
 
 _SPELLING = re.compile(r"(?P<type>.+?)-(?:(?P<whole>tensor|row)|g(?P<group>[1-9]\d{0,5}))(?:-(?P<zero>sym|z16))?")
-_EXAMPLES = ["int4-g64-z16", "fp4-e3m0-g64", "fp3-e2m0-g64", "nf4-g64", "af4-g64", "dynamic4-g64", "quantile4-g64"]
+_EXAMPLES = ["int4-g64-z16", "fp4-e3m0-g64", "fp3-e2m0-g64", "nf4-g64", "af4-g64", "dynamic4-g64", "quantile4-g64",
+             "ec3"]  # fmt: skip
 
 
 def preset(name: str) -> Format:
-    """The format of a spelling: one of ``PRESETS``, or any TYPE-BLOCK.
+    """The format of a spelling: one of ``PRESETS``, any TYPE-BLOCK, or a rate.
 
     Raises RecipeError with the nearest known name.
     """
     if name in PRESETS:
         return PRESETS[name]
+    if (coded := entropy(name)) is not None:
+        return coded
     if (match := _SPELLING.fullmatch(name)) and (grid := _grid(match["type"], match["zero"])):
         block = _BLOCKS[match["whole"]] if match["whole"] else _group(int(match["group"]))
         wide = isinstance(grid, Table) and re.match(r"e[4-7]", grid.name)

@@ -10,6 +10,7 @@
     Rotated(signs, inner, size)                  inner acts on inputs rotated by a signed Hadamard matrix
     Gathered(index, scale, inner)                inner acts on inputs picked, scaled and added in pairs
     Nested(inner, bits, extra)                   8-bit codes read at their upper ``bits``
+    Coded(stream, steps, gains, ...)             entropy-coded whole numbers, a step a column, a gain a row
 
 Sizes are derived from the leaves, never declared.
 """
@@ -26,6 +27,7 @@ from lowbit.arrays import Tensor
 from lowbit.errors import FormatError
 from lowbit.formats.blocks import Block
 from lowbit.formats.nodes import Affine, Columns, Lookup, Raw, Sum
+from lowbit.formats.nodes_coded import Coded
 from lowbit.formats.nodes_inputs import Gathered, Rotated
 from lowbit.formats.nodes_nested import Nested
 from lowbit.formats.nodes_terms import LowRank, Sparse
@@ -34,13 +36,13 @@ from lowbit.formats.spec import Leaf, Spec
 from lowbit.formats.tree import Part, QTensor
 
 __all__ = [
-    "NODES", "Affine", "Columns", "Gathered", "Lookup", "LowRank", "Nested", "Part", "QTensor", "Raw", "Rotated",
-    "Sparse", "Sum", "build",
+    "NODES", "Affine", "Coded", "Columns", "Gathered", "Lookup", "LowRank", "Nested", "Part", "QTensor", "Raw",
+    "Rotated", "Sparse", "Sum", "build",
 ]  # fmt: skip
 
 NODES: dict[str, type[QTensor]] = {
     cls.__name__: cls
-    for cls in (Raw, Affine, Lookup, Sum, Columns, Sparse, LowRank, Rotated, Gathered, Nested)
+    for cls in (Raw, Affine, Lookup, Sum, Columns, Sparse, LowRank, Rotated, Gathered, Nested, Coded)
 }  # fmt: skip
 
 
@@ -50,6 +52,10 @@ def _floats(v: Any) -> bool:
 
 def _integers(v: Any) -> bool:
     return isinstance(v, Tensor) and v.dtype in (torch.int16, torch.int32, torch.int64)
+
+
+def _number(v: Any) -> bool:
+    return type(v) in (int, float)  # JSON may spell a float without its point
 
 
 _KINDS: dict[str, Callable[[Any], bool]] = {  # what a field may hold, whatever its node
@@ -69,8 +75,14 @@ _KINDS: dict[str, Callable[[Any], bool]] = {  # what a field may hold, whatever 
     "size": lambda v: type(v) is int,
     "bits": lambda v: type(v) is int,
     "extra": lambda v: type(v) is bool,
+    "stream": lambda v: isinstance(v, Tensor) and v.dtype == torch.uint8,
+    "steps": lambda v: isinstance(v, Codes),
+    "gains": lambda v: isinstance(v, Codes),
+    "base": _number,
+    "step_octaves": _number,
+    "gain_octaves": _number,
 }
-_OPTIONAL = {("Affine", "zero"), ("Lookup", "scale")}
+_OPTIONAL = {("Affine", "zero"), ("Lookup", "scale"), ("Coded", "steps"), ("Coded", "gains")}
 
 
 def build(spec: Spec, parts: Mapping[str, Tensor], prefix: str = "") -> QTensor:

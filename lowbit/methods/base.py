@@ -41,11 +41,13 @@ class Weight:
     """The weight of one linear, in float32, and its full name for messages.
 
     ``ranges`` were found by an earlier step (``clip``); an encoder fits its grids to them instead of searching.
+    ``fisher`` is how sharply the model's predictions answer to each output, E[(d log p / d y)²], where that is known.
     """
 
     name: str
     matrix: Matrix
     ranges: Ranges | None = None
+    fisher: Float[Tensor, "out"] | None = None
 
 
 @runtime_checkable

@@ -13,21 +13,28 @@ What this file does where descriptions differ:
   already applied, whatever the block size. It excludes ``act_order``, which would need an index at inference.
 - ``true_sequential`` asks the walk for statistics that saw the block's earlier linears already quantized.
 - An input that was always zero leaves its column without error: it is rounded alone.
+
+With an entropy-coded format (``ec2.5``) the same loop rounds to whole numbers of any size, with steps that follow from
+H (:mod:`lowbit.methods.columns.lattice`), as fine as the rate allows. Groups and ranges play no part then. ``fisher``
+gives rows that the predictions depend on more a finer grid; it costs one backward pass over a little of the text.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from lowbit.arrays import Matrix, Tensor
 from lowbit.calibration.stats import Gram, Stat, Stats
 from lowbit.errors import FormatError, RecipeError
+from lowbit.formats.ec import Entropy
 from lowbit.formats.format import Format
 from lowbit.formats.qtensor import QTensor
 from lowbit.methods.base import Weight
 from lowbit.methods.columns import feedback, round_columns
+from lowbit.methods.columns.lattice import gptq_at_rate
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,9 @@ class Gptq:
     damp: float = 0.01  # added to the diagonal, as a share of its mean
     block: int = 64  # columns that are rounded one by one, before their errors are applied in products
     clip: int = 20  # smaller ranges searched a block; 0 is min-max
+    fisher: bool = True  # entropy-coded formats: a gain a row, by how much the predictions depend on it
+
+    any_rate: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.act_order and not self.static_groups:
@@ -58,6 +68,8 @@ class Gptq:
     def __call__(self, w: Weight, stats: Stats, fmt: Format) -> QTensor:
         """Cost O(out * in²) for the loop and O(in³) once a Gram matrix; memory 3 * out * in floats."""
         gram = stats[Gram]
+        if isinstance(fmt, Entropy):
+            return gptq_at_rate(w, gram, fmt, self.damp, self.act_order, self.fisher)
         if not fmt.block.follows_rows and not (fmt.block.kind == "tensor" and self.static_groups):
             raise FormatError(f"gptq needs blocks along rows, {fmt.name} has {fmt.block}", where=w.name)
         order, L = feedback(gram, self.damp, self.act_order, w.name)
@@ -79,7 +91,9 @@ def _dynamic(W: Matrix, L: Tensor, fmt: Format, importance: Tensor | None, optio
         here = slice(start, min(start + group, W.shape[1]))
         later = slice(here.stop, W.shape[1])
         # A group is fitted where it would go if none of it were rounded, each column making up for what it can.
-        settled = torch.linalg.solve_triangular(L[here, here].t(), pull[:, here], upper=True, left=False)
+        settled = torch.linalg.solve_triangular(
+            L[here, here].t(), pull[:, here], upper=True, left=False, unitriangular=True
+        )
         params = fmt.fit(W[:, here] + settled, None if importance is None else importance[here], options.clip)
         natural = torch.arange(settled.shape[1], device=W.device)
         codes[:, here], D = round_columns(

@@ -16,14 +16,14 @@ and what was left out because it does not pay, is in benchmarks/tuner_study.py.
 Options: ``share`` and ``ridge`` of the correction (share 0: none); ``steps`` of the descent (0: none), of ``batch``
 windows each; ``lr`` in code distances and ``scale_lr`` as a share of a step size (plain scales; coded ones, as in
 mxfp4, stay as fitted), both falling to zero linearly; ``start`` (gptq or rtn), ``clip`` and ``damp`` as in gptq;
-``seed`` of the order of windows.
+``seed`` of the order of windows; ``fisher`` as in gptq. Entropy-coded formats take ``steps=0``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -33,12 +33,14 @@ from transformers.pytorch_utils import Conv1D
 from lowbit.arrays import Float, Matrix, Tensor
 from lowbit.calibration.stats import Gram, Stat, Stats
 from lowbit.errors import CalibrationError, RecipeError
+from lowbit.formats.ec import Entropy
 from lowbit.formats.format import Format
 from lowbit.formats.qtensor import QTensor, Raw
 from lowbit.methods.base import Entry, Kind, Weight
 from lowbit.methods.columns import feedback, round_columns
+from lowbit.methods.columns.lattice import gptq_at_rate, rtn_at_rate
 from lowbit.methods.training.residual import Run, lack, order_and_writers, relative
-from lowbit.methods.training.rounding import Rounding, learnable
+from lowbit.methods.training.rounding import Held, Rounding, learnable
 from lowbit.models.graph import set_matrix
 
 _UNSEEN_CLIP = 20  # ranges searched for an expert that no token reached, as everywhere
@@ -56,6 +58,7 @@ class Tune:
     clip: int = 20
     damp: float = 0.01
     seed: int = 0
+    fisher: bool = True
 
     kind: ClassVar[Kind] = "tuner"
     true_sequential: ClassVar[bool] = False
@@ -69,6 +72,10 @@ class Tune:
             raise RecipeError(
                 f"ridge {self.ridge} and batch {self.batch} must be positive", where="tune", fix="ridge=0.3, batch=2"
             )
+
+    @property
+    def any_rate(self) -> bool:
+        return not self.steps  # a step of descent would change the size
 
     @property
     def needs(self) -> frozenset[type[Stat]]:
@@ -94,7 +101,8 @@ class Tune:
         rows, and CalibrationError when the loss is not finite.
         """
         for site, fmt in formats.items():
-            learnable(fmt, site)
+            if self.steps or not isinstance(fmt, Entropy):
+                learnable(fmt, site)
         kept = {site: module.weight for site, module in modules.items()}
         try:
             roundings = self._start(block, run, inputs, targets, weights, stats, formats, modules, entries)
@@ -109,10 +117,10 @@ class Tune:
         self, block: nn.Module, run: Run, inputs: Tensor, targets: Tensor, weights: Mapping[str, Weight],
         stats: Mapping[str, Stats], formats: Mapping[str, Format], modules: Mapping[str, nn.Module],
         entries: Mapping[str, Entry],
-    ) -> dict[str, Rounding]:  # fmt: skip
+    ) -> dict[str, Rounding | Held]:  # fmt: skip
         """Every linear rounded, in order of execution; those that write to the stream after what they can correct."""
         order, writers = order_and_writers(block, run, inputs[:1], modules)
-        found = {}
+        found: dict[str, Rounding | Held] = {}
         for site in order:
             w, gram, entry = weights[site], _gram(stats.get(site)), entries.get(site)
             missing = None
@@ -120,14 +128,18 @@ class Tune:
                 missing = lack(block, run, inputs, targets, modules[site], self.batch)
             if missing is not None:
                 dW = missing.correction(self.share, self.ridge)
-                w = Weight(site, w.matrix + (dW if entry is None else entry.weight(dW)), w.ranges)
+                w = replace(w, matrix=w.matrix + (dW if entry is None else entry.weight(dW)))
                 gram = missing.gram if entry is None else _entered(missing.gram, entry)
             found[site] = self._round(w, gram, formats[site])
             set_matrix(modules[site], _outside(found[site].weight(), entry))
         return found
 
-    def _round(self, w: Weight, gram: Gram | None, fmt: Format) -> Rounding:
+    def _round(self, w: Weight, gram: Gram | None, fmt: Format) -> Rounding | Held:
         """The start of one linear: GPTQ, or round to nearest where asked or where no token was seen."""
+        if isinstance(fmt, Entropy):
+            if gram is not None and self.start == "gptq":
+                return Held(gptq_at_rate(w, gram, fmt, self.damp, True, self.fisher))
+            return Held(rtn_at_rate(w, None if gram is None else gram.mean_square(), fmt))
         W = w.matrix.contiguous()
         if gram is None:
             params = fmt.fit(W, None, _UNSEEN_CLIP, ranges=w.ranges)
@@ -142,7 +154,7 @@ class Tune:
         return Rounding(W, codes, params, fmt)
 
     def _descend(
-        self, block: nn.Module, run: Run, inputs: Tensor, targets: Tensor, roundings: Mapping[str, Rounding],
+        self, block: nn.Module, run: Run, inputs: Tensor, targets: Tensor, roundings: Mapping[str, Rounding | Held],
         modules: Mapping[str, nn.Module], entries: Mapping[str, Entry],
     ) -> None:  # fmt: skip
         """Signed gradient descent on all linears together."""

@@ -68,11 +68,11 @@ def allocate(source: Source, recipe: Recipe, sensitivity: Sensitivity, budget: i
     coverage = audit(source, recipe)
     rows = {row.name: row for row in sensitivity.sites}
     groups: dict[str, list[str]] = {}
-    fixed = _kept_bytes(source, coverage)
+    fixed = kept_bytes(source, coverage)
     for name, (site, treatment) in coverage.treated.items():
-        rule = _rule(recipe, name)
+        rule = rule_of(recipe, name)
         if rule is not None and rule.format is not None:
-            fixed += _site_bytes(name, site.shape, treatment.format)
+            fixed += site_bytes(name, site.shape, treatment.format)
         elif name in rows:
             groups.setdefault(rows[name].group, []).append(name)
         else:
@@ -85,7 +85,7 @@ def allocate(source: Source, recipe: Recipe, sensitivity: Sensitivity, budget: i
     options = [
         [
             Choice(
-                sum(_site_bytes(name, rows[name].shape, fmt) for name in names),
+                sum(site_bytes(name, rows[name].shape, fmt) for name in names),
                 sum(rows[name].loss[fmt.name] for name in names),
             )
             for fmt in formats
@@ -109,7 +109,7 @@ def overridden(recipe: Recipe, formats: Mapping[str, str], names: list[str]) -> 
     """
     counts = {fmt: sum(1 for f in formats.values() if f == fmt) for fmt in dict.fromkeys(formats.values())}
     common = max(counts, key=lambda fmt: counts[fmt])
-    rules = {name: _rule(recipe, name) for name in names}
+    rules = {name: rule_of(recipe, name) for name in names}
     covers: dict[str, list[str]] = {}
     for name in names:
         for pattern in _patterns(name):
@@ -132,7 +132,7 @@ def overridden(recipe: Recipe, formats: Mapping[str, str], names: list[str]) -> 
     return recipe.model_copy(update={"step": step, "override": [*new, *old]})
 
 
-def _rule(recipe: Recipe, site: str) -> Override | None:
+def rule_of(recipe: Recipe, site: str) -> Override | None:
     return next((rule for rule in recipe.override if rule.matches(site)), None)
 
 
@@ -142,14 +142,14 @@ def _patterns(site: str) -> list[str]:
     return list(dict.fromkeys([leaf, experts, site]))
 
 
-def _kept_bytes(source: Source, coverage: Coverage) -> int:
+def kept_bytes(source: Source, coverage: Coverage) -> int:
     """What stays in 16 bit, and its entries in headers."""
     names = (name for name, _ in source.skeleton.named_parameters())
     entries = sum(len(name) + 100 for name in names if name.removesuffix(".weight") not in coverage.treated)
     return 2 * (coverage.parameters - coverage.quantized) + entries
 
 
-def _site_bytes(name: str, shape: tuple[int, int], fmt: Format) -> int:
+def site_bytes(name: str, shape: tuple[int, int], fmt: Format) -> int:
     """A linear's tensors, exactly, and a bound of what the header of its shard says about them.
 
     A part is named in the list of tensors, with its offsets, and in the site's spec, which spells every node.

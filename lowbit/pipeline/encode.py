@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 
 from torch import nn
 
@@ -14,7 +15,7 @@ from lowbit.calibration.stats import Gram, Stat, Stats
 from lowbit.errors import RecipeError
 from lowbit.formats.activation import ActivationFormat, Input
 from lowbit.formats.qtensor import Columns, QTensor, Raw, Sum
-from lowbit.methods.base import Transform
+from lowbit.methods.base import Transform, Weight
 from lowbit.methods.rtn import Rtn
 from lowbit.models.graph import set_matrix
 from lowbit.models.source import Source
@@ -35,11 +36,11 @@ class BlockWork:
     def __init__(
         self, source: Source, recipe: Recipe, stream: Stream, i: int, block: nn.Module, hidden: Hidden | None,
         original: Hidden | None, card: Card | None, coverage: Coverage, edges: Edges, chunks: Chunks,
-        report: Callable[[str], None],
+        report: Callable[[str], None], fisher: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         self.source, self.recipe, self.stream, self.i, self.block = source, recipe, stream, i, block
         self.hidden, self.original, self.card = hidden, original, card
-        self.chunks, self.report = chunks, report
+        self.chunks, self.report, self.fisher = chunks, report, fisher
         self.name = source.blocks[i]
         treatments = {site: t for site, (_, t) in coverage.in_block(self.name).items()}
         self.sites = coverage.in_block(self.name) if recipe.until == "codes" else {}
@@ -131,7 +132,7 @@ class BlockWork:
                 )  # fmt: skip
         started = time.perf_counter()
         found = self._observe(self.stages, self.needs)
-        weights = {site: self.view.to_encode(site) for site in self.sites}
+        weights = {site: self._weight(site) for site in self.sites}
         formats = {site: t.format for site, (_, t) in self.sites.items()}
         modules = {site: self.view.module(site) for site in self.sites}
         codes = tuner(
@@ -146,12 +147,16 @@ class BlockWork:
         """Encode sites from their statistics; what follows in the block then sees the low-bit weights."""
         for site in sites:
             started = time.perf_counter()
-            w, treatment, stats = self.view.to_encode(site), self.sites[site][1], found.get(site) or Stats(site, {})
+            w, treatment, stats = self._weight(site), self.sites[site][1], found.get(site) or Stats(site, {})
             unseen = bool(treatment.encoder.needs) and not any(kind in stats for kind in treatment.encoder.needs)
             encoder = Rtn(clip=20) if unseen and found else treatment.encoder
             q = encoder(w, stats, treatment.format)
             note = UNSEEN if encoder is not treatment.encoder else ""
             self._finish(site, q, w.matrix, stats, time.perf_counter() - started, note)
+
+    def _weight(self, site: str) -> Weight:
+        fisher = self.fisher.get(site)
+        return replace(self.view.to_encode(site), fisher=None if fisher is None else fisher.to(self.stream.device))
 
     def _finish(self, site: str, q: QTensor, W: Matrix, stats: Stats | None, seconds: float, note: str = "") -> None:
         treatment, entry = self.sites[site][1], self.view.entries.get(site)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,11 +22,20 @@ from lowbit.arrays import Float, Int, Tensor
 from lowbit.models.source import Source
 
 
+class Fisher(NamedTuple):
+    """Squared gradients of a linear's outputs: their mean over tokens, and each token's share of them."""
+
+    outputs: Float[Tensor, "out"]
+    """``E[(d log p / d y_o)²]`` over the tokens that reach the linear"""
+    tokens: Float[Tensor, "tokens"]
+    """the sum over outputs for every such token in order, relative to its mean"""
+
+
 def output_fisher(
     source: Source, tokens: Int[Tensor, "windows length"], sites: Set[str], dtype: torch.dtype, batch: int,
     on_block: Callable[[], object] = lambda: None,
-) -> dict[str, Float[Tensor, "out"]]:  # fmt: skip
-    """``E[(d log p / d y_o)²]`` of each output of each site, over the tokens that reach it.
+) -> dict[str, Fisher]:  # fmt: skip
+    """The Fisher information of each site's outputs, margins over tokens and over outputs.
 
     ``log p`` is the log-likelihood of labels drawn from the model's own predictions (seeded), one a position, summed
     over a window; so the expectation is the diagonal of the Fisher information, not of its empirical version. Sites
@@ -40,16 +49,21 @@ def output_fisher(
         logits = model(input_ids=windows, use_cache=False).logits.flatten(0, 1).to(torch.float32)
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw).squeeze(1)
         cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
-    return {site: total.to(torch.float32) / seen.tokens[site] for site, total in seen.total.items()}
+    return {site: _margins(total, torch.cat(seen.tokens[site])) for site, total in seen.outputs.items()}
+
+
+def _margins(outputs: Float[Tensor, "out"], tokens: Float[Tensor, "tokens"]) -> Fisher:
+    mean = tokens.mean()
+    return Fisher(outputs / tokens.shape[0], tokens / mean if mean > 0 else torch.ones_like(tokens))
 
 
 class _Seen:
-    """Squared gradients of outputs, summed over tokens, by site."""
+    """Squared gradients of outputs by site: summed over tokens, and over outputs."""
 
     def __init__(self, sites: Set[str]) -> None:
         self.sites = sites
-        self.total: dict[str, Tensor] = {}
-        self.tokens: defaultdict[str, int] = defaultdict(int)
+        self.outputs: dict[str, Tensor] = {}
+        self.tokens: defaultdict[str, list[Tensor]] = defaultdict(list)
 
     def watch(self, site: str, module: nn.Module) -> None:
         def forward(_module: nn.Module, _inputs: Any, out: Tensor) -> None:
@@ -58,10 +72,9 @@ class _Seen:
         module.register_forward_hook(forward)
 
     def add(self, site: str, gradient: Tensor) -> None:
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        square = rows.to(torch.float32).square().sum(0).to(torch.float64)
-        self.total[site] = self.total[site] + square if site in self.total else square
-        self.tokens[site] += rows.shape[0]
+        square = gradient.reshape(-1, gradient.shape[-1]).to(torch.float32).square()
+        self.outputs[site] = self.outputs.get(site, 0.0) + square.sum(0)
+        self.tokens[site].append(square.sum(1))
 
 
 class _Lazy(nn.Module):

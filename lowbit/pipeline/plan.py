@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from lowbit.calibration.stats import Gram, Stat
+from lowbit.formats.ec import Entropy
 from lowbit.formats.grids import IntGrid
 from lowbit.models.graph import Site, outside_blocks
 from lowbit.models.source import Source
@@ -96,6 +97,7 @@ class _Passes(NamedTuple):
 _INTEGERS, _TABLES = _Passes(75, 11, 45), _Passes(130, 31, 800)
 _FORWARD_PASSES = 3  # over every linear's input and output in a forward pass: norms, activations, rotations, sums
 _COLUMN_S = 45e-6  # one step of the column loop beside its arithmetic: about ten small operations
+_RATE_ROUNDS = 4  # in which a rate is found
 _TEXT = 64 << 20  # tokens of a whole text with their offsets, before windows are cut from them
 
 
@@ -180,6 +182,8 @@ def _statistics(site: Site, kinds: frozenset[type[Stat]], tokens: int) -> float:
 
 
 def _clip_steps(treatment: Treatment) -> int:
+    if isinstance(treatment.format, Entropy):
+        return 0
     return max(int(getattr(treatment.encoder, "clip", 0)), treatment.format.least_clip_steps)
 
 
@@ -195,7 +199,8 @@ def _rounding(site: Site, treatment: Treatment, rates: Rates) -> float:
     if Gram not in treatment.encoder.needs:
         return passes.encode * per_pass
     loop = columns * _COLUMN_S + rows * columns * columns / rates.flops
-    return (passes.encode + passes.loop) * per_pass + loop
+    rounds = _RATE_ROUNDS if isinstance(treatment.format, Entropy) else 1
+    return (passes.encode + passes.loop) * per_pass + rounds * loop
 
 
 def _rate(work: Callable[[], object], amount: float) -> float:

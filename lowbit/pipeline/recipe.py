@@ -42,6 +42,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lowbit import digest
 from lowbit.errors import RecipeError, nearest
 from lowbit.formats.activation import ActivationFormat, activation
+from lowbit.formats.ec import Entropy
 from lowbit.formats.format import Format
 from lowbit.formats.heads import head_format
 from lowbit.formats.presets import preset
@@ -172,7 +173,9 @@ class Recipe(_Data):
             activations = rule.activations or activations
         assert fmt is not None  # see _checked
         rounded = activation(activations) if activations not in (None, "none") else None
-        return Treatment(name, method(name, options), preset(fmt), rounded)
+        encoder, coded = method(name, options), preset(fmt)
+        _takes_any_rate(name, encoder, coded)
+        return Treatment(name, encoder, coded, rounded)
 
     def check(self, sites: Iterable[str]) -> None:
         """Raises RecipeError for an override that decides about no site of the model."""
@@ -303,6 +306,21 @@ def _checked(value: dict[str, Any], where: str) -> Recipe:
         for name in (recipe.kv.key, recipe.kv.value):
             head_format(name)
     return recipe
+
+
+def _takes_any_rate(name: str, encoder: Any, fmt: Format) -> None:
+    """Raises RecipeError for an entropy-coded format with a method that cannot use one."""
+    if isinstance(fmt, Entropy) and not getattr(encoder, "any_rate", False):
+        able = [other for other in names() if kind(other) != "transform" and other != name and _any_rate(other)]
+        raise RecipeError(
+            f"{name} cannot use {fmt.name}" + (" with these options" if hasattr(encoder, "any_rate") else ""),
+            why="it works on codes of a fixed range, and these have none",
+            fix=f"{' or '.join(f'{other}:{fmt.name}' for other in able)}, or tune:{fmt.name},steps=0",
+        )  # fmt: skip
+
+
+def _any_rate(name: str) -> bool:
+    return bool(getattr(method(name), "any_rate", False))
 
 
 def _check_steps(recipe: Recipe, where: str) -> None:

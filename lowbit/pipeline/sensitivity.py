@@ -1,14 +1,19 @@
 """Sensitivity: what each linear would cost in each format, predicted before anything is quantized.
 
 For a linear ``y = W x`` whose weight gets an error ``dW``, the KL divergence of the changed model from the original is
-to second order, with inputs and output gradients taken as independent of each other and outputs of one another (the
-diagonal of K-FAC: Martens and Grosse, arXiv 1503.05671),
+to second order, with errors of different tokens and of different outputs taken as independent,
 
-    KL a token  =  1/2 sum_o F_o (dW G dWᵀ)_oo / tokens,      F_o = E[(d log p / d y_o)²],    G = sum x xᵀ
+    KL a token  =  1/2 E_t sum_o E[(d log p / d y_to)²] (dW x_t)_o²
 
-where the expectation runs over tokens and over labels drawn from the model's own predictions (the Fisher information;
-no label of the text is used). ``F`` comes from one backward pass, ``G`` from one forward pass, ``dW`` from rounding
-the weight. Blocks are loaded one at a time in both, also for the gradients.
+where labels are drawn from the model's own predictions (Fisher information; no label of the text is used). Squared
+gradients are kept as their margins, ``F_o`` over outputs and ``w_t`` over tokens (Kronecker factors, as in K-FAC:
+Martens and Grosse, arXiv 1503.05671, but that a token with large inputs may have small gradients):
+
+    KL a token  =  1/2 sum_o F_o (dW G dWᵀ)_oo / tokens,      G = sum_t w_t x_t x_tᵀ
+
+``F`` and ``w`` come from one backward pass, ``G`` from a forward pass, ``dW`` from encoding the weight. An encoder that
+fits its inputs (GPTQ) errs less on the tokens it was fitted to than on others, so some windows are held out: it sees
+the rest. Blocks are loaded one at a time in both passes, also for the gradients.
 
 What is predicted adds up over linears while errors are small; at 2 bits it is a ranking rather than an amount.
 """
@@ -17,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import nn
 
 from lowbit.arrays import Float, Tensor
-from lowbit.calibration.stats import Gram, Stat, Stats
+from lowbit.calibration.stats import Gram, Stats
 from lowbit.calibration.text import Tokens
 from lowbit.errors import CalibrationError
 from lowbit.formats.format import Format
@@ -45,6 +50,7 @@ FORMATS = ("int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int8-g64
 """The formats that are tried where none are named."""
 
 _ROWS = 128  # rows of a weight, evenly spaced, that are rounded to learn the error of all
+_HELD = 8  # windows that are held out, at most; at least a quarter
 _LIMIT = 64 << 20  # bytes of a file that is read
 
 Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -77,6 +83,8 @@ class Sensitivity(_Data):
     text_digest: str
     tokens_digest: Hex
     windows: int = Field(ge=1)
+    held: int = Field(ge=1)
+    """windows, the first ones, that gradients and errors are taken over; the encoder was fitted to the others"""
     length: int = Field(ge=1)
     dtype: str
     encoder: str
@@ -126,50 +134,70 @@ def measure(
 ) -> Sensitivity:  # fmt: skip
     """The predicted loss of every linear of the blocks in every format (routers apart, which stay in 16 bit).
 
-    ``encoder`` and its ``options`` choose the codes whose errors are measured: best those of the recipe to come.
-    ``batch`` windows are run at a time; ``on_block`` is told how many of how many steps are done.
+    ``encoder`` and its ``options`` choose the codes whose errors are measured: best those of the recipe to come, with
+    its calibration windows. ``batch`` windows are run at a time; ``on_block`` is told how many of how many steps are
+    done.
 
     Held at once: one block, the hidden states of the tokens, and the statistics of one block (4 bytes * in² for each
-    different input); for the gradients, the hidden states of a batch before every block. Cost: four forward passes
-    and one backward over the tokens, a product of tokens * in² for each input, and the encoding of at most 256 rows
-    of every weight in every format.
+    linear and for each different input); for the gradients, the hidden states of a batch before every block. Cost: a
+    forward pass over the tokens; three more and a backward pass over a quarter of them, eight windows at most; a
+    product of tokens * in² for each input; and the encoding of at most 256 rows of every weight in every format.
 
-    Raises RecipeError for an unknown format, CalibrationError when no token reached a group of linears.
+    Raises RecipeError for an unknown format, CalibrationError for a single window and when no token reached a group.
     """
     chosen, encode = [preset(name) for name in formats], method(encoder, dict(options or {}))
     sites = {name: site for name, (site, _) in audit(source, parse(f"rtn:{chosen[0].name}")).treated.items()}
-    passes = 2 * len(tokens.ids.split(batch)) + 1
+    held = min(_HELD, max(1, len(tokens.ids) // 4))
+    if held == len(tokens.ids):
+        raise CalibrationError(
+            "one window cannot be both fitted and held out", where=tokens.text, fix="--samples 8 or more"
+        )
+    total = (2 * len(tokens.ids[:held].split(batch)) + 1) * len(source.blocks)
     done = 0
 
     def advanced() -> None:
         nonlocal done
         done += 1
-        on_block(done, passes * len(source.blocks))
+        on_block(done, total)
 
-    fisher = output_fisher(source, tokens.ids, set(sites), dtype, batch, advanced)
+    fisher = output_fisher(source, tokens.ids[:held], set(sites), dtype, batch, advanced)
     rows: list[SiteLoss] = []
     stream = Stream(source, dtype)
-    hidden = Hidden.embed(stream, tokens.ids, batch)
+    unseen, fitted = (Hidden.embed(stream, ids, batch) for ids in (tokens.ids[:held], tokens.ids[held:]))
     stream.close()
     for i, name in enumerate(source.blocks):
         block = stream.load(i)
         inside = [site for site in sites if site.startswith(name + ".")]
-        inputs = [shared for stage in discover(stream, i, block, hidden, inside) for shared in stage.inputs]
-        stats = _statistics(stream, i, block, hidden, inputs, encode.needs | {Gram})
+        inputs = [shared for stage in discover(stream, i, block, unseen, inside) for shared in stage.inputs]
         groups = fused(inputs)
-        for site in inside:
-            seen = stats[site][Gram].tokens if Gram in stats[site] and site in fisher else 0
-            loss = dict.fromkeys(formats, 0.0)
-            if seen:
-                loss = _losses(source, site, chosen, stats[site], fisher[site] / tokens.ids.numel(), encode)
-            rows.append(SiteLoss(name=site, shape=sites[site].shape, group=groups[site], tokens=seen, loss=loss))
+        gram = {
+            site: _Weighted(Gram(sites[site].shape[1], stream.device), fisher[site].tokens, tokens.ids[:held].numel())
+            for site in inside
+            if site in fisher
+        }
+        stats = {
+            shared: Stats.of(shared[0], encode.needs, sites[shared[0]].shape[1], stream.device) for shared in inputs
+        }
+        _pass(stream, i, block, unseen, {site: into.update for site, into in gram.items()})
+        if encode.needs:
+            _pass(stream, i, block, fitted, {shared[0]: into.update for shared, into in stats.items()})
+        for shared, fit in stats.items():
+            for site in shared:
+                reached = site in gram and all(kind in fit for kind in encode.needs)
+                loss = dict.fromkeys(formats, 0.0)
+                if reached:
+                    weight = fisher[site].outputs / tokens.ids[:held].numel()
+                    loss = _losses(source, site, chosen, gram[site].gram.sum(), weight, encode, fit)
+                seen = fisher[site].tokens.numel() if reached else 0
+                rows.append(SiteLoss(name=site, shape=sites[site].shape, group=groups[site], tokens=seen, loss=loss))
         advanced()
     _check_reached(rows)
+    order = {name: k for k, name in enumerate(sites)}
     return Sensitivity(
         model=source.name, model_digest=source.digest, text=tokens.text, text_digest=tokens.text_digest,
-        tokens_digest=tokens.digest, windows=tokens.ids.shape[0], length=tokens.ids.shape[1],
+        tokens_digest=tokens.digest, windows=len(tokens.ids), held=held, length=tokens.ids.shape[1],
         dtype=str(dtype).removeprefix("torch."), encoder=encoder, options=dict(options or {}),
-        formats=list(formats), sites=rows,
+        formats=list(formats), sites=sorted(rows, key=lambda row: order[row.name]),
     )  # fmt: skip
 
 
@@ -200,41 +228,59 @@ def fused(inputs: Iterable[tuple[str, ...]]) -> dict[str, str]:
     return {site: names[find(kind)] for site, kind in kinds.items()}
 
 
-def _statistics(
-    stream: Stream, i: int, block: nn.Module, hidden: Hidden, inputs: list[tuple[str, ...]], kinds: Set[type[Stat]]
-) -> dict[str, Stats]:
-    """Statistics of every input of a block, by site; moves the hidden states on to the next block."""
-    found: dict[str, Stats] = {}
+class _Weighted:
+    """A Gram matrix in which every token has its weight.
+
+    Experts see some of the tokens, and which may differ from the gradients' pass where scores are all but equal; theirs
+    are not weighted.
+    """
+
+    def __init__(self, gram: Gram, weights: Float[Tensor, "tokens"], whole: int) -> None:
+        self.gram = gram
+        self._root = weights.sqrt() if weights.numel() == whole else None
+
+    def update(self, x: Float[Tensor, "tokens in"]) -> None:
+        x = x.to(torch.float32)
+        if self._root is not None:
+            x = x * self._root[self.gram.tokens : self.gram.tokens + len(x), None]
+        self.gram.update(x)
+
+
+def _pass(
+    stream: Stream, i: int, block: nn.Module, hidden: Hidden, see: Mapping[str, Callable[[Tensor], object]]
+) -> None:
+    """Move hidden states on to the next block, showing the inputs of linears to those that want them."""
     with contextlib.ExitStack() as hooks:
-        for shared in inputs:
-            linear = block.get_submodule(shared[0].removeprefix(stream.source.blocks[i] + "."))
-            stats = Stats.of(shared[0], kinds, matrix(linear).shape[1], stream.device)
-            hooks.callback(linear.register_forward_pre_hook(_collector(stats)).remove)
-            found |= dict.fromkeys(shared, stats)
+        for site, update in see.items():
+            linear = block.get_submodule(site.removeprefix(stream.source.blocks[i] + "."))
+            hooks.callback(linear.register_forward_pre_hook(_shown(update)).remove)
         for windows in hidden.batches():
             hidden.data[windows] = stream.run(i, block, hidden.data[windows])
-    return found
 
 
-def _collector(stats: Stats) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    return lambda _module, inputs: stats.update(inputs[0].reshape(-1, inputs[0].shape[-1]))
+def _shown(update: Callable[[Tensor], object]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        update(inputs[0].reshape(-1, inputs[0].shape[-1]))
+
+    return hook
 
 
 def _losses(
-    source: Source, site: str, formats: Sequence[Format], stats: Stats, weight: Float[Tensor, "out"], encoder: Encoder
-) -> dict[str, float]:
+    source: Source, site: str, formats: Sequence[Format], G: Float[Tensor, "in in"], weight: Float[Tensor, "out"],
+    encoder: Encoder, stats: Stats,
+) -> dict[str, float]:  # fmt: skip
     """``1/2 sum_o weight_o (dW G dWᵀ)_oo`` of one site in every format.
 
     Where rows are rounded independently, a sample of them stands for all, in proportion to their weights.
     """
     W = matrix(source.load(site, torch.float32)).contiguous()
-    G = stats[Gram].sum()
     every = max(1, len(W) // _ROWS)
     found: dict[str, float] = {}
     for fmt in formats:
         rows = slice(None, None, every if fmt.block.follows_rows and weight[::every].any() else 1)
         sample, share = W[rows].contiguous(), weight[rows]
-        error = encoder(Weight(site, sample), stats, fmt).decode() - sample
+        fisher = share if getattr(encoder, "fisher", False) else None
+        error = encoder(Weight(site, sample, fisher=fisher), stats, fmt).decode() - sample
         each = (error @ G).mul_(error).sum(1).clamp_min_(0)
         represented = float(weight.sum()) / max(float(share.sum()), torch.finfo(torch.float32).tiny)
         found[fmt.name] = float(each @ share) / 2 * represented

@@ -8,6 +8,7 @@ walk halves the windows that it runs at once, says so, and goes on.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from lowbit.models.stream import Stream
 from lowbit.pipeline.coverage import Coverage, audit
 from lowbit.pipeline.encode import BlockWork, ranges_needed, replace_by_codes
 from lowbit.pipeline.memory import Chunks
+from lowbit.pipeline.rate import asks_fisher, known_fisher
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.result import Finished, Progress, Sink, SiteReport
 from lowbit.pipeline.spill import Hidden
@@ -60,6 +62,7 @@ def walk(
     original = hidden.copy() if hidden is not None and recipe.tuner is not None else None
     stream.close()
     edges, total, done = Edges(), len(coverage.treated), 0
+    fisher = known_fisher(source, coverage, tokens, dtype, on_progress)
     for i, name in enumerate(source.blocks):
         sites, last = coverage.in_block(name), i + 1 == len(source.blocks)
         if sink.has(name) and hidden is None:
@@ -70,9 +73,11 @@ def walk(
         chunks = Chunks(stream, [h for h in (hidden, original) if h is not None], counter.note)
         if not sink.has(name):
             work = BlockWork(
-                source, recipe, stream, i, block, hidden, original, card, coverage, edges, chunks, counter.site
-            )
+                source, recipe, stream, i, block, hidden, original, card, coverage, edges, chunks, counter.site,
+                fisher,
+            )  # fmt: skip
             sink.write(name, block, _on_cpu(work.encode(last)))
+            del work
         elif hidden is not None:
             finished = sink.read(name)
             if original is not None and not last:
@@ -85,6 +90,7 @@ def walk(
                 chunks.run(lambda b=block, i=i: hidden.advance(stream, i, b))  # type: ignore[misc]
         done += len(sites)
         del block
+        gc.collect()  # a block's view and what runs it hold each other, and the block
     return coverage
 
 
@@ -120,6 +126,11 @@ def _check_card(card: Card, source: Source, recipe: Recipe, coverage: Coverage) 
             "a card cannot calibrate transforms and tuners", where=recipe.line,
             why="it holds sums over the inputs of the model as it is, and these run blocks",
             fix="an encoder alone with the card, or calibration text",
+        )  # fmt: skip
+    if asks_fisher(coverage):
+        raise RecipeError(
+            "a card holds no Fisher information", where=recipe.line, why="it takes gradients of the whole model",
+            fix="fisher=false, or calibration text",
         )  # fmt: skip
     needed = {kind for _, t in coverage.treated.values() for kind in t.encoder.needs | ranges_needed(t)}
     if missing := sorted(kind.__name__ for kind in needed - card.kinds):

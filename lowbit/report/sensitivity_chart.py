@@ -62,9 +62,9 @@ def render(sensitivity: Mapping[str, Any]) -> str:
         ],
     )  # fmt: skip
     how = (
-        f"Predicted from {sensitivity['windows']} windows of {sensitivity['length']} tokens of {sensitivity['text']} "
-        f"with the codes of {sensitivity['encoder']}: half the Fisher information of each output times its squared "
-        "error. Predictions add up while they are small; at 2 bits they rank."
+        f"Predicted on {sensitivity['held']} of {sensitivity['windows']} windows of {sensitivity['length']} tokens of "
+        f"{sensitivity['text']}, with codes by {sensitivity['encoder']}: half the Fisher information of each output "
+        "times its squared error. Predictions add up while they are small; at 2 bits they rank."
     )
     return Template(page._resource("template.html")).substitute(
         policy=f"default-src 'none'; script-src {page._hash(library)} {page._hash(start)}; "

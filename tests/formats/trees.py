@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 
+from lowbit.codec.stream import encode
 from lowbit.formats.blocks import Block
+from lowbit.formats.ec import Lattice
 from lowbit.formats.hadamard import random_signs
 from lowbit.formats.nodes_nested import repack
 from lowbit.formats.pack import Codes
 from lowbit.formats.presets import PRESETS, preset
 from lowbit.formats.qtensor import (
     Affine,
+    Coded,
     Columns,
     Gathered,
     Lookup,
@@ -94,6 +97,12 @@ def nested(w: torch.Tensor, bits: int, extra: bool = False, name: str = "int8-ro
     return Nested(tuple(w.shape), coded(name, w), bits, extra)
 
 
+def entropy_coded(w: torch.Tensor) -> Coded:
+    """Numbers in eighths, with steps and gains of their own."""
+    lattice = Lattice.of(w.square().mean(0).sqrt(), w.square().mean(1).sqrt())
+    return lattice.tree(encode((8 * w).round().to(torch.int16)), tuple(w.shape), -3.0)
+
+
 TREES: dict[str, Callable[[torch.Tensor], QTensor]] = {
     "raw": Raw.of,
     "outliers": lambda w: with_outliers(w, [3, 0, 17]),
@@ -107,6 +116,7 @@ TREES: dict[str, Callable[[torch.Tensor], QTensor]] = {
     "nothing sparse": lambda w: Sparse.of(w, w.abs() > 9, torch.bfloat16),
     "rotated": rotated,
     "gathered": gathered,
+    "entropy coded": entropy_coded,
     "nested": lambda w: nested(w, 3),
     "nested extra": lambda w: nested(w, 2, extra=True, name="int8-g64-sym"),
     "repacked": lambda w: repack(nested(w, 4)),

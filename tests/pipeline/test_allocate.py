@@ -151,7 +151,7 @@ def made_up(source: Source, formats: tuple[str, ...] = FORMATS, seed: int = 0) -
         rows.append(SiteLoss(name=site.name, shape=site.shape, group=group, tokens=9, loss=loss))
     return Sensitivity(
         model=source.name, model_digest=source.digest, text="made up", text_digest="0" * 64, tokens_digest="0" * 64,
-        windows=1, length=9, dtype="float32", encoder="gptq", options={}, formats=list(formats), sites=rows,
+        windows=2, held=1, length=9, dtype="float32", encoder="gptq", options={}, formats=list(formats), sites=rows,
     )  # fmt: skip
 
 

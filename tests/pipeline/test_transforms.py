@@ -20,8 +20,9 @@ from lowbit.models.source import of_directory
 from lowbit.pipeline.recipe import parse
 from lowbit.pipeline.walk import walk
 
-LOSSLESS = {"qllm": ",assemble=false,rank=0"}  # merging channels and correcting errors change the function on purpose
-TRANSFORMS = [name + LOSSLESS.get(name, "") for name in names() if kind(name) == "transform"]
+# merging channels and correcting errors change the function on purpose; a few steps of a search are enough here
+OPTIONS = {"qllm": ",assemble=false,rank=0", "awq": ",steps=4", "clip": ",steps=2"}
+TRANSFORMS = [name + OPTIONS.get(name, "") for name in names() if kind(name) == "transform"]
 
 
 def _logits(root: Path, sink: Kept, tokens: torch.Tensor) -> torch.Tensor:
@@ -42,7 +43,7 @@ def test_no_transform_changes_a_logit(family: Path, tokens: torch.Tensor, name: 
     sink = Kept()
     walk(of_directory(family), parse(f"{name}+rtn:int4-g32+a:int8-tensor+until:transforms"), tokens, sink)
     assert float((_logits(family, sink, tokens) - plain).abs().max()) <= 1e-4
-    assert sink.edited or sink.codes or name == "clip"
+    assert sink.edited or sink.codes or name.startswith("clip")
 
 
 @pytest.mark.parametrize("line", ["awq+clip+gptq:int3-g32,damp=0.1", "rotate+gptq:int3-g32,damp=0.1"])

@@ -29,6 +29,8 @@ from lowbit.formats.grids import IntGrid, Table
 def feedback(gram: Gram, damp: float, act_order: bool, where: str) -> tuple[Int[Tensor, "in"], Float[Tensor, "in in"]]:
     """The column order and L of the damped H in that order, computed once a Gram matrix: linears share it.
 
+    L's diagonal, all ones, is not stored: D lies in its place, as LAPACK packs such factors. Nothing here reads it.
+
     ``damp`` is added to the diagonal as a share of its mean; ``act_order`` puts columns by falling diagonal. An input
     that was always zero is taken to be 1 and independent: its column is rounded alone. Cost in³/3 in float64.
     Raises GramError, naming the layer, when H is not finite, or not positive definite even with damping.
@@ -58,7 +60,9 @@ def feedback(gram: Gram, damp: float, act_order: bool, where: str) -> tuple[Int[
             why="fewer independent tokens than inputs leave directions that were never seen",
             fix=f"damp={max(10 * damp, 0.01):g}, or more calibration tokens",
         )  # fmt: skip
+    D = C.diagonal().square()
     C /= C.diagonal().clone()
+    C.diagonal().copy_(D)
     L = C.to(torch.float32).t().flip(0, 1).contiguous()
     gram.memo[key] = order, L
     return order, L
@@ -87,8 +91,26 @@ def round_columns(
     rounder = _kernel if _has_kernel(fmt, W.device) else _loop
     round_block = rounder(D, T, L, group_of, fmt, step, zero)
 
+    by_halves(D, T, L, block, round_block)
+    codes = torch.empty_like(T, dtype=torch.uint8)
+    codes[order] = T.to(torch.uint8)
+    return codes.t().contiguous(), D
+
+
+RoundBlock = Callable[[int, int], None]
+"""``(start, stop)``: rounds these columns, each making up for the ones before it among them."""
+
+
+def by_halves(
+    D: Float[Tensor, "in out"], T: Float[Tensor, "in out"], L: Float[Tensor, "in in"], block: int,
+    round_block: RoundBlock,
+) -> None:  # fmt: skip
+    """Round all columns in blocks, halves of halves: most of the work is then a few large products.
+
+    ``round_block`` writes the errors of its columns to D; what they ask of later columns is added to T here.
+    """
+
     def round_range(start: int, stop: int) -> None:
-        """Halves of halves: most of the work is then a few large products."""
         if stop - start <= block:
             round_block(start, stop)
             return
@@ -98,13 +120,6 @@ def round_columns(
         round_range(middle, stop)
 
     round_range(0, len(D))
-    codes = torch.empty_like(T, dtype=torch.uint8)
-    codes[order] = T.to(torch.uint8)
-    return codes.t().contiguous(), D
-
-
-RoundBlock = Callable[[int, int], None]
-"""``(start, stop)``: rounds these columns, each making up for the ones before it among them."""
 
 
 def _loop(

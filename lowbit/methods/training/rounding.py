@@ -7,10 +7,13 @@ used (SignRound, Cheng et al., arXiv 2309.05516), so that one rate fits all laye
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from lowbit.arrays import Float, Matrix, Tensor
 from lowbit.errors import FormatError
+from lowbit.formats.ec import Entropy
 from lowbit.formats.format import Format, Params, Stored
 from lowbit.formats.grids import IntGrid, Table
 from lowbit.formats.pack import Whole
@@ -89,7 +92,28 @@ class Rounding:
         return blocks.reshape(rows, -1)[:, :columns]
 
 
+@dataclass(frozen=True)
+class Held:
+    """A linear whose codes are settled: the same, without moves."""
+
+    q: QTensor
+
+    def weight(self) -> Matrix:
+        return self.q.decode()
+
+    def move(self, grad: Matrix, rate: float, scale_rate: float) -> None:
+        """Nothing: its size is what was asked for."""
+
+    def encode(self) -> QTensor:
+        return self.q
+
+
 def learnable(fmt: Format, where: str) -> None:
     """Raises FormatError for a format whose rounding cannot be learned."""
+    if isinstance(fmt, Entropy):
+        raise FormatError(
+            f"{fmt.name} has no room to learn in", where=where, why="a changed rounding changes the size",
+            fix="steps=0: the correction, then GPTQ",
+        )  # fmt: skip
     if not fmt.block.follows_rows and fmt.block.kind != "tensor":
         raise FormatError(f"learned rounding needs blocks along rows, {fmt.name} has {fmt.block}", where=where)

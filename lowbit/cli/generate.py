@@ -28,6 +28,20 @@ def generate(
         str | None,
         typer.Option("--kv", metavar="FORMAT", help="Keys and values in few bits (int4-head); default: as OUT says."),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="Hold no more than this, Python included (512MiB); blocks beyond it are read at every token.",
+        ),
+    ] = None,
+    draft: Annotated[
+        int,
+        typer.Option(
+            "--draft", min=0, help="Guess so many tokens a pass from the text itself; greedy text stays the same."
+        ),
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Generate text; a chat template is applied when the model has one."""
@@ -39,14 +53,17 @@ def generate(
     from lowbit.formats.heads import CacheFormat
     from lowbit.io import native
     from lowbit.models.resolve import locate
+    from lowbit.pipeline.allocate import size as parse_size
     from lowbit.runtime.facade import cache_format, load
     from lowbit.runtime.kvcache import KVCache
     from lowbit.study.stages import dense_model, torch_dtype
 
     asked = None if kv is None else CacheFormat.parse(kv)
+    limit = None if memory is None else parse_size(memory)
     path = locate(model, say)
     kind = torch_dtype(dtype)
-    loaded: Any = load(path, dtype=kind, kernels=kernels) if native.is_native(path) else dense_model(path, dtype)
+    if limit is not None and not native.is_native(path):
+        raise RecipeError("--memory is of low-bit checkpoints", where=model, fix="lowbit quantize it first")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -59,6 +76,11 @@ def generate(
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     given = inputs["input_ids"].shape[1]
+    loaded: Any
+    if native.is_native(path):
+        loaded = load(path, dtype=kind, kernels=kernels, memory=limit, tokens=given + tokens)
+    else:
+        loaded = dense_model(path, dtype)
     longest = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if given == 0 or (longest is not None and given + tokens > longest):
         raise RecipeError(
@@ -67,13 +89,18 @@ def generate(
             fix="a prompt" if given == 0 else f"a shorter prompt, or -n {max(longest - given, 1)}",
         )  # fmt: skip
     rounding = asked or cache_format(loaded)
+    if draft and (temperature > 0 or rounding is not None):
+        raise RecipeError(
+            "--draft goes with greedy text and a cache in full", where=model,
+            why="guesses that were wrong are taken out of the cache again", fix="--draft alone",
+        )  # fmt: skip
     cache = None if rounding is None else KVCache(loaded.config, rounding)
     torch.manual_seed(seed or 0)
     started = time.perf_counter()
     with torch.inference_mode():
         ids = loaded.generate(
             **inputs, past_key_values=cache, max_new_tokens=tokens,
-            do_sample=temperature > 0, temperature=temperature or None,
+            do_sample=temperature > 0, temperature=temperature or None, prompt_lookup_num_tokens=draft or None,
             streamer=None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )  # fmt: skip
     seconds = time.perf_counter() - started

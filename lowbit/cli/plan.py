@@ -1,20 +1,48 @@
-"""lowbit plan: bytes, bits, memory and minutes of a recipe, before any work."""
+"""lowbit plan: bytes, bits, memory and minutes of a recipe, before any work; of a checkpoint, how it will run."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Annotated
 
-from lowbit.cli.options import Dtype, Json, Length, Model, RecipeLine, Samples, emit, quiet, say
+import typer
+
+from lowbit.cli.options import Dtype, Json, Length, Model, Samples, emit, quiet, say
 
 _KEPT = 8  # kept matrices that are listed
 
 
 def plan(
-    model: Model, recipe: RecipeLine, samples: Samples = None, length: Length = None, dtype: Dtype = "auto",
+    model: Model,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="[RECIPE]", help="METHOD:FORMAT[,OPTION=VALUE...]; without one, MODEL is a checkpoint."),
+    ] = None,
+    samples: Samples = None,
+    length: Length = None,
+    dtype: Dtype = "auto",
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="Of a checkpoint: what it may hold, Python included (512MiB)."),
+    ] = None,
+    disk: Annotated[
+        str | None, typer.Option("--disk", metavar="RATE", help="Of a checkpoint: 1.4GB/s; measured when not given.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of a checkpoint: the longest text.")] = 1024,
     as_json: Json = False,
-) -> None:  # fmt: skip
-    """Bytes, bits per weight, peak memory, minutes per stage and coverage of a recipe; loads no weights."""
+) -> None:
+    """Bytes, bits per weight, peak memory, minutes per stage and coverage of a recipe; loads no weights.
+
+    Of a native checkpoint, without a recipe: seconds a token and load time within a memory, streamed from disk.
+    """
     quiet()
+    if recipe is None:
+        from lowbit.cli.plan_memory import plan_memory
+
+        plan_memory(model, memory, disk, tokens, dtype, as_json)
+        return
+    if memory is not None or disk is not None:
+        raise typer.BadParameter("--memory and --disk are of a checkpoint, without a recipe")
     from lowbit.models.resolve import open_model
     from lowbit.pipeline.plan import Rates
     from lowbit.pipeline.plan import plan as price

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lowbit.arrays import Tensor
 from lowbit.calibration.synthetic import calibration_tokens
@@ -18,6 +18,7 @@ from lowbit.formats.qtensor import Nested, QTensor
 from lowbit.io import native
 from lowbit.methods.nested import at_bits
 from lowbit.models.graph import split_experts
+from lowbit.models.pretrained import from_directory
 from lowbit.models.source import Source, of_model
 from lowbit.pipeline.recipe import Calibration, parse
 from lowbit.pipeline.result import Finished
@@ -25,6 +26,7 @@ from lowbit.pipeline.walk import prepared, walk
 from lowbit.runtime import transformers_quantizer
 from lowbit.runtime.kernels import check_policy
 from lowbit.runtime.linear import PackedWeight, QLinear
+from lowbit.runtime.stream_model import stream
 
 
 def quantize(
@@ -72,7 +74,7 @@ def quantize(
 
 def load(
     path: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", kernels: str = "auto",
-    bits: int | None = None,
+    bits: int | None = None, memory: int | None = None, tokens: int = 1024,
 ) -> PreTrainedModel:  # fmt: skip
     """Load a native checkpoint as a transformers model, after checking every byte against its manifest.
 
@@ -80,6 +82,10 @@ def load(
     in hardware, else float32). ``kernels``: see :meth:`QLinear.use`. ``bits`` reads nested weights (MatQuant) at that
     width, whatever it was made for; FormatError where there are none. Raises CheckpointError, also for a directory
     without a manifest: what ``save_pretrained`` wrote is read by ``AutoModelForCausalLM.from_pretrained``.
+
+    With ``memory``, this process will hold no more than so many bytes while it runs texts of ``tokens``: blocks that do
+    not fit are read from disk at every pass (see :mod:`lowbit.runtime.stream_model`). RecipeError with the smallest
+    memory that suffices.
     """
     check_policy(kernels)
     root = Path(path)
@@ -88,11 +94,16 @@ def load(
             "is no lowbit checkpoint", where=str(root), why=f"it has no {native.MANIFEST} to check its bytes against",
             fix="the -o directory of lowbit quantize, or AutoModelForCausalLM.from_pretrained on what it saved itself",
         )  # fmt: skip
+    if memory is not None:
+        if bits is not None or kernels != "auto" or device != "cpu":
+            raise RecipeError(
+                "memory goes with the CPU, and with neither bits nor a choice of kernels", where=str(root),
+                why="blocks that pass through a buffer are multiplied where they lie", fix="memory alone",
+            )  # fmt: skip
+        return stream(root, memory, tokens=tokens, dtype=dtype or compute_dtype()).model
     native.verify(root)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            root, dtype=dtype or compute_dtype(device), local_files_only=True, trust_remote_code=False
-        )
+        model = from_directory(root, dtype or compute_dtype(device))
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise ModelError(f"transformers cannot load it: {error}", where=str(root)) from error
     if bits is not None:

@@ -6,7 +6,7 @@ module's own state: ``...q_proj.weight.codes``, ``...q_proj.weight.scale.data``,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,12 @@ class PackedWeight(Stored):
 
     def qtensor(self) -> QTensor:
         return build(self.spec, dict(self.named_buffers()))
+
+    def point(self, parts: Mapping[str, Tensor]) -> None:
+        """Let other memory hold the parts, by path: what a weight that passes through a buffer does at every pass."""
+        for path, part in parts.items():
+            owner, _, leaf = path.rpartition(".")
+            self.get_submodule(owner)._buffers[leaf] = part
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -141,6 +147,7 @@ class QLinear(nn.Module):
         self.input = None if input is None else Rounding(input, device)
         self.bias = nn.Parameter(torch.empty(spec.shape[0], dtype=dtype, device=device), False) if bias else None
         self.policy = "auto"
+        self._only: Kernel | None = None
         self._tree: Inner | None = None
         self._state: tuple[Kernel, Any] | None = None
 
@@ -161,19 +168,29 @@ class QLinear(nn.Module):
 
         Raises RecipeError for any other word.
         """
-        self.policy = check_policy(policy)
+        self.policy, self._only = check_policy(policy), None
+        self._forget()
+
+    def use_only(self, kernel: Kernel) -> None:
+        """Run every call by this kernel, whatever the policies would choose."""
+        self.policy, self._only = kernel.name, kernel
+        self._forget()
+
+    def point(self, parts: Mapping[str, Tensor]) -> None:
+        """Take the weight's parts from other memory from now on, and forget what was made from the old one."""
+        self.weight.point(parts)
         self._forget()
 
     def kernel(self, x: Tensor) -> Kernel:
         """The kernel that a call with ``x`` runs."""
-        return choose(self.policy, self._inner().spec, x)
+        return self._choose(self._inner().spec, x)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         inner = self._inner()
         x = inner.enter(x)
         if self.input is not None:
             x = self.input(x, inner.exact)
-        kernel = choose(self.policy, inner.spec, x)
+        kernel = self._choose(inner.spec, x)
         if not kernel.prepared:
             y = kernel.run(x, inner.weight)
         else:
@@ -181,6 +198,9 @@ class QLinear(nn.Module):
                 self._state = kernel, kernel.prepare(inner.weight, x.dtype)
             y = kernel.run(x, self._state[1])
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _choose(self, spec: Spec, x: Tensor) -> Kernel:
+        return self._only or choose(self.policy, spec, x)
 
     def _inner(self) -> Inner:
         """The weight's tree, made once: its tensors are the module's own."""

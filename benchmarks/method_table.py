@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recipes import GROUPS
+from recipes import GROUPS, SHORT
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -44,15 +44,16 @@ def main() -> None:
     source = open_model(arguments.model)
     read = texts.read(arguments.text, "evaluation")
     ids = texts.encode(read, source.tokenizer)
+    assert source.root is not None  # it was opened from a directory
     original = AutoModelForCausalLM.from_pretrained(source.root, dtype=torch.float32).to(arguments.device)
     references: dict[int | None, Any] = {}
-    done = _done(arguments.out)
-    for group, lines in GROUPS.items():
+    done, name = _done(arguments.out), Path(arguments.model).name
+    for group, lines in (SHORT if arguments.short else GROUPS).items():
         if arguments.only and group not in arguments.only.split(","):
             continue
         for line in lines:
             line = line.replace("g64", f"g{arguments.group}")
-            if (arguments.model, line) in done:
+            if (name, line) in done:
                 continue
             recipe = with_calibration(
                 parse(line), text=arguments.calibration, samples=arguments.samples, length=arguments.calibration_length,
@@ -65,7 +66,7 @@ def main() -> None:
             windows = cut.cut(ids, arguments.windows, read.name, read.digest)
             if chunk not in references:
                 references[chunk] = Scorer(original, source.digest, chunk=chunk).reference(windows)
-            row = {"model": arguments.model, "group": group, "recipe": line, "protocol": str(cut)}
+            row: dict[str, Any] = {"model": name, "group": group, "recipe": line, "protocol": str(cut)}
             row |= _measure(arguments, recipe, windows, references[chunk])
             row |= {"tokens": windows.scored, "calibration": [read_name(arguments), arguments.samples,
                     arguments.calibration_length], "device": arguments.device, "processor": platform.processor(),
@@ -119,6 +120,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=64, help="tokens at a time, for recipes that round the KV cache")
     parser.add_argument("--group", type=int, default=64, help="weights that share a scale")
     parser.add_argument("--only", default="", help=f"some of {', '.join(GROUPS)}")
+    parser.add_argument("--short", action="store_true", help="a choice of recipes, for slow machines")
     parser.add_argument("--dtype", default="auto", help="of the calibration passes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, required=True)

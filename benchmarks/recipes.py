@@ -33,3 +33,23 @@ GROUPS: dict[str, list[str]] = {
     "KV2": ["kv:int2-head", "kv:int2-channel32:int2-head", "kv:int2-channel32:int2-head,sink=4,window=32"],
 }  # fmt: skip
 """Rows by what is rounded: weights (W), their inputs (A), the KV cache (KV), and to how many bits."""
+
+SHORT: dict[str, list[str]] = {
+    "W3": ["rtn:int3-g64", "hqq:int3-g64-z16", "gptq:int3-g64", "rotate+gptq:int3-g64", "tune:int3-g64,steps=0",
+           "awq+rtn:int3-g64", "lowrank:int3-g64,rank=16", "outliers:int3-g64,share=1.0"],
+    "W4": ["rtn:int4-g64", "hqq:int4-g64-z16", "gptq:int4-g64", "rotate+gptq:int4-g64", "awq+rtn:int4-g64",
+           "tune:int4-g64,steps=0", "rtn:nf4", "rtn:mxfp4", "rtn:nvfp4", "series:int2-g64-sym,terms=2"],
+    "W8A8": ["rtn:int8-row-sym+a:int8-token", "rtn:int8-row-sym+a:int8-tensor-static",
+             "smoothquant+rtn:int8-row-sym+a:int8-tensor-static", "llmint8:int8-row-sym+a:int8-token-sym"],
+    "W4A4": ["rtn:int4-g64+a:int4-token", "smoothquant+rtn:int4-g64+a:int4-token", "qllm+rtn:int4-g64+a:int4-token",
+             "rotate+gptq:int4-g64+a:int4-token"],
+    "KV4": ["kv:int4-head", "kv:int4-channel32:int4-head"],
+    "KV2": ["kv:int2-head", "kv:int2-channel32:int2-head"],
+    "W2": ["rtn:int2-g64", "gptq:int2-g64", "tune:int2-g64,steps=0"],
+    "W8": ["rtn:int8-row", "gptq:int8-row"],
+    "KV8": ["kv:int8-head"],
+    "KV3": ["kv:int3-head", "kv:int3-channel32:int3-head"],
+    "W4A8": ["rtn:int4-g64+a:int8-token", "gptq:int4-g64+a:int8-token"],
+}  # fmt: skip
+"""Each method where it matters most, the most telling groups first: for more models than there is time for all of
+:data:`GROUPS`."""

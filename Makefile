@@ -28,7 +28,8 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) install -c constraints.txt -e '.[dev,tasks]'
+	$(BIN)/python scripts/extras.py dev tasks > $(VENV)/extras.txt
+	$(PIP) install -c constraints.txt -r $(VENV)/extras.txt
 	touch $@
 
 clean:

@@ -61,6 +61,7 @@ bool OpenBatch::complete() const {
         }
         for (int i = 0; i < STREAMS; ++i) {
             if ((c.at[i] + 7) / 8 * 8 != c.end[i]) return false;
+            if (c.at[i] % 8 && c.bytes[c.at[i] / 8] >> (c.at[i] % 8)) return false;  // what fills the last byte is zero
         }
     }
     return true;

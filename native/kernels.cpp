@@ -21,7 +21,7 @@ std::vector<const Kernels*> available() {
         return out;
     }
     out.push_back(&avx512_kernels);
-    if (__builtin_cpu_supports("avx512vbmi")) out.push_back(&vbmi_kernels);
+    if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) out.push_back(&vbmi_kernels);
 #elif defined(__aarch64__)
     static const Kernels neon_kernels{"neon", neon::store, neon::multiply};
     out.push_back(&neon_kernels);

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -29,7 +30,11 @@ void parallel(std::size_t n, int threads, const Work& work) {
         }
     };
     std::vector<std::thread> helpers;
-    for (std::size_t t = 1; t < std::min(n, std::size_t(std::max(threads, 1))); ++t) helpers.emplace_back(loop);
+    try {
+        for (std::size_t t = 1; t < std::min(n, std::size_t(std::max(threads, 1))); ++t) helpers.emplace_back(loop);
+    } catch (const std::system_error&) {
+        // no more threads to be had: those there are do the work
+    }
     loop();
     for (std::thread& helper : helpers) helper.join();
     if (error) std::rethrow_exception(error);

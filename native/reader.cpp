@@ -76,6 +76,7 @@ struct Request {
     uint64_t length = 0;  // whole pages
     uint64_t needed = 0;  // up to here the file must reach; only less than length at its end
     char* to = nullptr;
+    bool direct = false;  // as it was asked for
 };
 
 class Reader {
@@ -98,7 +99,13 @@ public:
             throw;
         }
         unsigned count = uring_ ? 1 : depth_;
-        for (unsigned i = 0; i < count; ++i) workers_.emplace_back([this] { uring_ ? drive_ring() : drive_pread(); });
+        try {
+            for (unsigned i = 0; i < count; ++i)
+                workers_.emplace_back([this] { uring_ ? drive_ring() : drive_pread(); });
+        } catch (...) {
+            close();
+            throw;
+        }
     }
 
     ~Reader() { close(); }
@@ -115,7 +122,7 @@ public:
         for (uint64_t done = 0; done < length; done += request_) {
             uint64_t needed = std::min(request_, length - done);
             queue_.push_back({&files_[file], ticket, offset + done, (needed + kPage - 1) / kPage * kPage, needed,
-                              reinterpret_cast<char*>(address) + done});
+                              reinterpret_cast<char*>(address) + done, files_[file].direct});
             ++state.left;
         }
         work_.notify_all();
@@ -135,6 +142,11 @@ public:
 
     // Forget what has not begun, wait for what has, and close the files.
     void close() {
+        if (::getpid() != owner_) {  // a forked child has neither the threads nor the right to its parent's files
+            for (auto& worker : workers_) worker.detach();
+            workers_.clear();
+            return;
+        }
         {
             std::lock_guard<std::mutex> hold(lock_);
             closing_ = true;
@@ -171,7 +183,8 @@ private:
         File& file = *request.file;
         std::string error;
         if (result == -EINTR || result == -EAGAIN) return true;
-        if (result == -EINVAL && file.direct) {
+        if (result == -EINVAL && request.direct) {  // others in flight may have left it already
+            request.direct = false;
             file.leave_direct();
             return true;
         }
@@ -344,6 +357,7 @@ private:
     std::unordered_map<uint64_t, State> tickets_;
     uint64_t next_ = 1;
     bool closing_ = false;
+    const pid_t owner_ = ::getpid();
     std::vector<std::thread> workers_;
 };
 

@@ -210,6 +210,7 @@ Stream Stream::parse(const std::uint8_t* data, std::size_t size) {
     out.rows = in.integer(8);
     out.columns = in.integer(8);
     if (out.rows > MAX_ROWS || (out.rows && !out.block)) refuse("a number of rows that cannot be");
+    out.block = std::min(out.block, out.rows);  // what is allocated for a block must be there
     if (panels > in.left() / PANEL) refuse("the stream is truncated");
     std::vector<std::size_t> widths(panels);
     std::vector<std::uint16_t> numbers(panels);
@@ -232,7 +233,7 @@ Stream Stream::parse(const std::uint8_t* data, std::size_t size) {
         if (const char* why = t.problem()) refuse(why);
     }
     const std::size_t blocks = out.rows ? (out.rows - 1) / out.block + 1 : 0;
-    if (panels && blocks > in.left() / (1 + STREAMS) / panels) refuse("the stream is truncated");
+    if (panels && blocks > in.left() / (1 + STREAMS + START_BYTES) / panels) refuse("the stream is truncated");
     out.segments.reserve(blocks * panels);
     for (std::size_t p = 0; p < panels; ++p) {
         out.panels[p].table = numbers[p];

@@ -39,7 +39,10 @@ def generate(
     draft: Annotated[
         int,
         typer.Option(
-            "--draft", min=0, help="Guess so many tokens a pass from the text itself; greedy text stays the same."
+            "--draft",
+            min=0,
+            max=7,
+            help="Guess so many tokens a pass from the text itself; greedy text stays the same.",
         ),
     ] = 0,
     as_json: Json = False,

@@ -23,6 +23,7 @@ REST, PAD = "lowbit.rest", "lowbit.pad."
 KINDS = ("safetensors", "gguf")
 ALIGN, GRAIN = 4096, 8
 """Extents begin at multiples of the first in the file, tensors and their fields at multiples of the second."""
+_MOST_DIMENSIONS = 16
 MOST = 1 << 40
 """No size, shape or offset is larger."""
 _MOST_REST = 1 << 28
@@ -164,6 +165,8 @@ def _place(name: str, entry: Any, size: int) -> tuple[int, int]:
 def _entry(name: str, held: Any, stored: Any, place: tuple[int, int]) -> Entry:
     """One tensor, checked for itself."""
     begin, end = place
+    if len(held["shape"]) > _MOST_DIMENSIONS:
+        raise FormatError(f"{name}: a tensor of {len(held['shape'])} dimensions")
     dtype, shape = held["dtype"], tuple(_size(n) for n in held["shape"])
     nbytes, at, crc = (_size(held[key]) for key in ("bytes", "at", "crc"))
     if type(dtype) is not str or math.prod(shape) > MOST:
@@ -244,7 +247,8 @@ def parse_plain(header: Header, rest: bytes) -> dict[str, str]:
         for name, said in table.items():
             entry = header.entries[name]
             own = [entry.at - 8 - length, entry.at - 8 - length + entry.nbytes]
-            if (said["dtype"], said["shape"], said["data_offsets"]) != (entry.dtype, list(entry.shape), own):
+            same = (said["dtype"], said["shape"], said["data_offsets"]) == (entry.dtype, list(entry.shape), own)
+            if not same or own[0] < 0:
                 raise ValueError(f"{name} is another tensor there")
     except _MALFORMED as error:
         raise FormatError(f"the original header is malformed: {error}") from error

@@ -15,7 +15,7 @@ from lowbit.arrays import Float, Int, Tensor
 from lowbit.codec import stream as coder
 from lowbit.errors import LowbitError
 from lowbit.formats.blocks import ALL
-from lowbit.formats.pack import Codes
+from lowbit.formats.pack import Codes, reachable
 from lowbit.formats.tree import QTensor
 
 _LARGEST = 120.0  # octaves of a step: its products with whole numbers of 16 bits stay finite in float32
@@ -87,8 +87,13 @@ class Coded(QTensor):
         for name, index, n in (("steps", self.steps, columns), ("gains", self.gains, rows)):
             if index is not None and (problem := index.problem(1, n)):
                 return f"{name}: {problem}"
-        reach = 255 * (abs(self.step_octaves) + abs(self.gain_octaves)) + abs(self.base)
+        reach = _reach(self.steps, self.step_octaves) + _reach(self.gains, self.gain_octaves) + abs(self.base)
         return "" if math.isfinite(reach) and reach <= _LARGEST else f"steps of {reach} octaves"
+
+
+def _reach(index: Codes | None, octaves: float) -> float:
+    """The most octaves that stored indices can add."""
+    return 0.0 if index is None else (reachable(index.levels) - 1) * abs(octaves)
 
 
 def _octaves(index: Codes | None, octaves: float, base: float, n: int, device: torch.device) -> Tensor:

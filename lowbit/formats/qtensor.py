@@ -55,7 +55,7 @@ def _integers(v: Any) -> bool:
 
 
 def _number(v: Any) -> bool:
-    return type(v) in (int, float)  # JSON may spell a float without its point
+    return type(v) is float or (type(v) is int and abs(v) < 1 << 31)  # JSON may spell a float without its point
 
 
 _KINDS: dict[str, Callable[[Any], bool]] = {  # what a field may hold, whatever its node

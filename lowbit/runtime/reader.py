@@ -80,7 +80,10 @@ class Reader:
         """Begin to read ``length`` bytes at ``offset`` (a whole page) of ``paths[file]`` into ``buffer``."""
         if not 0 < length <= buffer.nbytes:
             raise ValueError(f"{length} bytes into a buffer of {buffer.nbytes}")
-        number = int(self._native.submit(file, offset, length, buffer.address))
+        try:
+            number = int(self._native.submit(file, offset, length, buffer.address))
+        except RuntimeError as error:
+            raise StorageError(f"cannot be read: {error}", where=str(self.paths[file])) from error
         self._filled[number] = buffer
         return Ticket(file, number)
 

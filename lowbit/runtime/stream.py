@@ -11,6 +11,7 @@ between tokens.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -39,6 +40,7 @@ class Ring:
         self._free = [Buffer(size) for _ in range(min(buffers, len(extents)))]
         self._ahead: deque[Flight] = deque()
         self._held: Flight | None = None
+        self._user = 0  # the thread that acquired last
         self._restart(0)
 
     @property
@@ -53,6 +55,13 @@ class Ring:
         Out of turn (a pass that was given up, blocks run alone) the reads ahead are dropped and begin again here.
         Raises StorageError when they cannot be read; the next call tries again.
         """
+        user = threading.get_ident()
+        if self._held is not None and self._user != user:
+            raise StorageError(
+                "two threads run one streamed model", where=str(self.reader.paths[turn]),
+                why="a buffer serves one pass at a time", fix="one thread, or a lock around a whole pass",
+            )  # fmt: skip
+        self._user = user
         if self._held is not None:
             self.release()
         if not self._ahead or self._ahead[0].turn != turn:
@@ -91,6 +100,7 @@ class Ring:
         """Fill every free buffer, from ``turn`` on."""
         while self._free:
             extent = self.extents[turn := turn % len(self.extents)]
-            buffer = self._free.pop()
+            buffer = self._free[-1]
             self._ahead.append(Flight(turn, buffer, self.reader.submit(turn, extent.offset, extent.length, buffer)))
+            self._free.pop()
             turn += 1

@@ -42,7 +42,7 @@ class Panels:
 
     def run(self, x: Float[Tensor, "*batch in"], state: QTensor) -> Float[Tensor, "*batch out"]:
         """``x Wᵀ`` in float32, then cast. Scratch: PANEL rows, or one row a thread."""
-        flat = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+        flat = x.detach().reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
         return _product(flat, state).to(x.dtype).view(*x.shape[:-1], state.shape[0])
 
 

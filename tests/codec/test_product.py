@@ -131,3 +131,13 @@ def test_a_corrupt_segment_is_refused(isa: str) -> None:
         Product(blob).multiply(factors(1, 128))
     with pytest.raises(FormatError, match="LBEC"):
         Product(torch.zeros(100, dtype=torch.uint8))
+
+
+def test_a_block_of_more_rows_than_there_are_allocates_no_more() -> None:
+    """A stream may say so; what is summed is what there is."""
+    codes = torch.randint(-3, 4, (2, 64), dtype=torch.int16)
+    blob = stream.encode(codes)
+    assert int.from_bytes(bytes(blob[12:16].tolist()), "little") >= 2
+    blob[12:16] = 255
+    x = torch.randint(-100, 100, (2, 64), dtype=torch.int16)
+    assert torch.equal(Product(blob).multiply(x), x.to(torch.int64) @ codes.to(torch.int64).T)

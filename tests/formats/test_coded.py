@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -153,3 +154,11 @@ def test_a_lattice_is_stored_as_it_is_used() -> None:
         spacing = float(wanted.log2().max() - wanted.log2().min()) / (levels - 1)
         assert float(ratio.max() - ratio.min()) <= 1.01 * spacing + 1e-2
     assert float(q.step.min().log2()) == pytest.approx(-7.1)
+
+
+def test_a_wide_range_of_steps_and_gains_is_read_back() -> None:
+    """Indices reach 31 and 15: four octaves of steps and twelve of gains are no excess."""
+    q = dataclasses.replace(coded(), base=-20.0, step_octaves=4 / 31, gain_octaves=12 / 15)
+    parts = {part.path: part.data for part in q.parts()}
+    assert torch.equal(build(q.spec(), parts).decode(), q.decode())
+    assert "octaves" in dataclasses.replace(q, gain_octaves=7.0).problem()

@@ -82,7 +82,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, engine: Engine) -> None:
         with pytest.raises(ValueError):  # noqa: PT011 - each has its own words
             reader.submit(file, offset, length, buffer)
     reader.close()
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(StorageError, match="closed"):
         reader.submit(0, 0, PAGE, buffer)
 
 

@@ -50,7 +50,12 @@ def code(W: Matrix, fmt: Entropy, lattice: Lattice, rounder: Rounder, gram: Gram
     octave, numbers, stream = search.run(budget, fmt.bits or 0.0, where)
     q = lattice.tree(stream, shape, octave)
     shrink = _least_squares(W, q.values(numbers.to(W.device)), gram)
-    return lattice.tree(stream, shape, octave + math.log2(shrink)) if shrink > 0 else q
+    q = lattice.tree(stream, shape, octave + math.log2(shrink)) if shrink > 0 else q
+    if problem := q.problem():  # before it is written: a reader would refuse it
+        raise FormatError(
+            problem, where=where, why="its columns or rows differ too much", fix="int8-row for this linear"
+        )
+    return q
 
 
 @dataclass

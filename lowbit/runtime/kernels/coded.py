@@ -3,7 +3,8 @@
 Few tokens are multiplied from the registers that symbols are decoded in (:mod:`lowbit.codec.product`), in whole
 numbers: inputs are rounded to 16 bits a token. For many tokens that arithmetic would cost more than decoding, so panels
 of rows are decoded into a buffer that stays in cache and multiplied there by torch's product of bytes. Both give the
-same bits: a token's output does not depend on how many others a call has.
+same bits where numbers fit a byte (up to about 6 bits a weight): a token's output then does not depend on how many
+others a call has. Wider numbers are multiplied in floating point for many tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from lowbit.formats.spec import Spec
 FEW_TOKENS = 8  # beyond this many, decoding panels is faster
 PANEL_NUMBERS = 1 << 20
 """Of a panel's numbers for each thread: they stay in its second-level cache."""
+SUMS = 1 << 21
+"""Of outputs that are summed at once: 40 MB with their two halves."""
 Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -55,7 +58,8 @@ class Coded:
     """That of bfloat16 activations, whose reference rounds its weights; in float32 the error is below 1e-3."""
 
     def takes(self, spec: Spec, x: Tensor) -> bool:
-        return spec.node == "Coded" and x.device.type == "cpu" and x.dtype in _DTYPES and x.numel() > 0
+        plain = x.device.type == "cpu" and x.dtype in _DTYPES and x.numel() > 0
+        return spec.node == "Coded" and plain and not x.requires_grad  # whole numbers have no gradients
 
     def prepare(self, q: QTensor, dtype: torch.dtype) -> State:
         """Cost: one reading of the stream's heads and exceptions."""
@@ -81,7 +85,7 @@ def _few(x: Float[Tensor, "tokens in"], s: State) -> Float[Tensor, "tokens out"]
 def _many(x: Float[Tensor, "tokens in"], s: State) -> Float[Tensor, "tokens out"]:
     rows, columns = s.numbers.shape
     y = torch.empty(len(x), rows, dtype=x.dtype)
-    height = max(1, torch.get_num_threads() * PANEL_NUMBERS // columns)
+    height = max(1, min(torch.get_num_threads() * PANEL_NUMBERS // columns, SUMS // len(x)))
     entered = x.to(torch.float32)[:, s.order.long()] * s.step
     multiply = _integer(entered) if s.numbers.narrow else _float(entered.to(x.dtype))
     for first in range(0, rows, height):

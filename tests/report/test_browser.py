@@ -74,8 +74,7 @@ class Visit:
         self.context.close()
 
 
-@pytest.mark.parametrize("width", [1280, 400])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 400)])
 def test_page_draws_everything_and_asks_for_nothing(browser: Any, address: str, scheme: str, width: int) -> None:
     with Visit(browser, address, color_scheme=scheme, viewport={"width": width, "height": 900}) as visit:
         visit.wait_for_charts()

@@ -27,8 +27,10 @@ def _little_memory(monkeypatch: pytest.MonkeyPatch, windows: int, error: Excepti
     monkeypatch.setattr(Stream, "run_with_gradients", run)
 
 
-@pytest.mark.parametrize("lockstep", [True, False])
-@pytest.mark.parametrize("line", ["gptq:int3-g32,damp=0.1", "smoothquant+gptq:int3-g32,damp=0.1"])
+@pytest.mark.parametrize(
+    ("line", "lockstep"),
+    [("gptq:int3-g32,damp=0.1", True), ("smoothquant+gptq:int3-g32,damp=0.1", False)],
+)
 def test_smaller_chunks_give_the_codes_of_smaller_chunks(
     llama: Path, tokens: torch.Tensor, line: str, lockstep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,7 @@ from lowbit.arrays import Tensor
 from lowbit.codec.checksum import crc32c
 from lowbit.codec.coding import Blob, decode_tensor, layout
 from lowbit.codec.fields import Bytes
-from lowbit.codec.header import PAD, REST, Entry, Header, parse, parse_plain
+from lowbit.codec.header import CODED, PAD, REST, Entry, Header, parse, parse_plain
 from lowbit.errors import CheckpointError, FormatError
 
 _LARGEST_HEADER = 100_000_000  # as in safetensors itself
@@ -39,7 +39,7 @@ def is_coded(path: Path) -> bool:
     """Whether a file is a coded one, by its header alone; False for anything that is no safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
-            return "lowbit.coded" in (file.metadata() or {})
+            return CODED in (file.metadata() or {})
     except (SafetensorError, OSError):
         return False
 
@@ -50,7 +50,7 @@ def open_tensors(path: Path) -> Any:
     Raises SafetensorError or OSError for what is neither, CheckpointError for a damaged coded file.
     """
     plain = safe_open(path, framework="pt")
-    return Reader(path) if "lowbit.coded" in (plain.metadata() or {}) else plain
+    return Reader(path) if CODED in (plain.metadata() or {}) else plain
 
 
 class Reader:

@@ -20,9 +20,8 @@ from lowbit.formats.pack import Codes, bits_for
 from lowbit.formats.qtensor import Affine, Coded, Columns, Lookup, QTensor, Sum
 from lowbit.formats.spec import Spec
 from lowbit.formats.tables import table_values
-from lowbit.runtime.kernels.coded import CODED
+from lowbit.runtime.kernels.coded import CODED, FEW_TOKENS
 
-FEW_TOKENS = 8  # beyond this many, decoding a panel and one dense product is faster
 PANEL = 256  # rows
 
 
@@ -61,7 +60,7 @@ def _product(x: Float[Tensor, "tokens in"], q: QTensor) -> Float[Tensor, "tokens
         return _product(x[:, q.index.long()].contiguous(), q.inner)
     rows, y = q.shape[0], x.new_empty(len(x), q.shape[0])
     grouped = _grouped(q)
-    if grouped is not None and len(x) <= FEW_TOKENS:
+    if grouped is not None and len(x) <= FEW_TOKENS:  # beyond, one dense product of a decoded panel is faster
         _native.grouped_multiply(x, *grouped, y, torch.get_num_threads())
         return y
     step = PANEL if grouped is not None or _sliceable(q) else rows

@@ -28,11 +28,12 @@ from lowbit.io import native
 from lowbit.io.layout import Contents, Settings, contents_of, opened
 from lowbit.models.source import Source
 from lowbit.models.store import Memory, read_json
+from lowbit.runtime.kernels.coded import FEW_TOKENS
 from lowbit.runtime.linear import PackedWeight, QLinear
 from lowbit.runtime.reader import Buffer, Engine, Reader
 from lowbit.runtime.schedule import BUFFERS, Schedule, schedule
 from lowbit.runtime.stream import Ring
-from lowbit.runtime.stream_kernel import FEW_TOKENS, PANEL, PANELS
+from lowbit.runtime.stream_kernel import PANEL, PANELS
 from lowbit.runtime.stream_shard import Extent, extent
 from lowbit.runtime.transformers_quantizer import LowbitConfig, install
 

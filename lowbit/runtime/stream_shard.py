@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lowbit.arrays import Tensor, UInt8
+from lowbit.codec.header import CODED
 from lowbit.errors import CheckpointError
 from lowbit.formats.spec import Leaf, Spec
 from lowbit.runtime.reader import PAGE
@@ -88,7 +89,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         if size > _LONGEST:
             raise CheckpointError(f"a header of {size} bytes", where=str(path))
         table = json.loads(f.read(size))
-    if "lowbit.coded" in table.get("__metadata__", {}):
+    if CODED in table.get("__metadata__", {}):
         raise CheckpointError(
             "holds coded parts, which cannot be read in place", where=str(path), fix="lowbit decompress first"
         )

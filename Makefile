@@ -28,7 +28,7 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(BIN)/python scripts/extras.py dev tasks > $(VENV)/extras.txt
+	$(BIN)/python scripts/extras.py dev tasks serve > $(VENV)/extras.txt
 	$(PIP) install -c constraints.txt -r $(VENV)/extras.txt
 	touch $@
 

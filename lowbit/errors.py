@@ -9,6 +9,7 @@
     ├── CheckpointError        a low-bit checkpoint that is truncated, altered, too large or of an unknown version
     ├── CalibrationError       text that is missing or too short; statistics that a method cannot use
     │   └── GramError          a Gram matrix that is not positive definite
+    ├── ExportError            a model that another ecosystem's files cannot hold as it is
     ├── StorageError           no space, no permission, or another process owns the output
     ├── StudyError             a study file, store or cell that cannot be used
     ├── EvidenceError          two pieces of evidence that must not be compared
@@ -66,6 +67,10 @@ class CoverageError(ModelError):
 
 class CheckpointError(LowbitError):
     """A low-bit checkpoint that is truncated, altered, too large or of an unknown version."""
+
+
+class ExportError(LowbitError):
+    """A model that another ecosystem's files cannot hold as it is."""
 
 
 class CalibrationError(LowbitError):

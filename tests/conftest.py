@@ -9,6 +9,7 @@ from typing import Any
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import libraries  # noqa: F401
 import pytest
 import torch
 from tiny import FAMILIES, VOCAB, family_model, save_model

@@ -167,12 +167,13 @@ def is_fused_experts(module: nn.Module) -> bool:
     if len(down) != 3 or gate_up != (down[0], 2 * down[2], down[1]):
         return False
     own_gate = getattr(getattr(module, "_apply_gate", None), "__module__", None) != "transformers.integrations.moe"
-    return not own_gate and all(getattr(module, key, None) is value for key, value in _COMMON.items())
+    common = all(getattr(module, key, None) is value for key, value in _COMMON.items())
+    return common and not own_gate and all(getattr(module, key, value) is value for key, value in _LATER.items())
 
 
-_COMMON = {
-    "has_gate": True, "has_bias": False, "has_post_expert_norm": False, "is_transposed": False, "is_concatenated": True,
-}  # fmt: skip
+_COMMON = {"has_gate": True, "has_bias": False, "is_transposed": False}
+_LATER = {"has_post_expert_norm": False, "is_concatenated": True}
+"""What later versions of transformers 5 can say; earlier ones know nothing else."""
 
 
 def split_experts(model: nn.Module) -> int:

@@ -5,7 +5,26 @@ from __future__ import annotations
 import typer
 
 import lowbit
-from lowbit.cli import card, compare, compress, doctor, generate, inspect, plan, quantize, sensitivity, study
+from lowbit.cli import (
+    advise,
+    card,
+    catalog,
+    chat,
+    check,
+    compare,
+    compress,
+    convert,
+    doctor,
+    export,
+    generate,
+    import_,
+    inspect,
+    plan,
+    quantize,
+    sensitivity,
+    serve,
+    study,
+)
 
 app = typer.Typer(
     name="lowbit",
@@ -37,9 +56,17 @@ app.command("plan")(plan.plan)
 app.command("quantize")(quantize.quantize)
 app.command("card")(card.card)
 app.command("compare")(compare.compare)
+app.command("advise")(advise.advise)
 app.command("sensitivity")(sensitivity.sensitivity)
 app.command("compress")(compress.compress)
 app.command("decompress")(compress.decompress)
+app.command("export")(export.export)
+app.command("import")(import_.import_)
+app.command("convert")(convert.convert)
+app.command("check")(check.check)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 app.add_typer(study.app, name="study")
+app.add_typer(catalog.app, name="catalog")

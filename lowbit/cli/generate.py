@@ -45,6 +45,14 @@ def generate(
             help="Guess so many tokens a pass from the text itself; greedy text stays the same.",
         ),
     ] = 0,
+    cascade: Annotated[
+        str | None,
+        typer.Option(
+            "--cascade",
+            metavar="REF[,margin=0.2]",
+            help="Greedy text; where OUT's first choice leads by less than the margin, the model REF decides.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Generate text; a chat template is applied when the model has one."""
@@ -98,6 +106,10 @@ def generate(
             why="guesses that were wrong are taken out of the cache again", fix="--draft alone",
         )  # fmt: skip
     cache = None if rounding is None else KVCache(loaded.config, rounding)
+    if cascade is not None:
+        _cascade(cascade, loaded, tokenizer, inputs["input_ids"], tokens, dtype, kernels, cache, as_json,
+                 plain=temperature == 0 and draft == 0 and limit is None)  # fmt: skip
+        return
     torch.manual_seed(seed or 0)
     started = time.perf_counter()
     with torch.inference_mode():
@@ -118,3 +130,50 @@ def generate(
         rate = f"{made / seconds:.1f} tokens/s, reading the prompt included"
         held = "" if cache is None else f", keys and values in {cache.nbytes / 1e6:.2f} MB of {rounding}"
         say(f"{made} tokens in {seconds:.1f} s ({rate}, {str(kind).removeprefix('torch.')}{held})")
+
+
+def _cascade(
+    option: str, low: Any, tokenizer: Any, ids: Any, tokens: int, dtype: str, kernels: str, cache: Any, as_json: bool,
+    *, plain: bool,
+) -> None:  # fmt: skip
+    """Write through the gate and say how much the reference decided."""
+    import torch
+    from transformers import TextStreamer
+
+    from lowbit.cli.cascading import parse, write
+    from lowbit.errors import RecipeError
+
+    gate = parse(option)
+    if not plain:
+        raise RecipeError(
+            "--cascade goes with greedy text, in memory and without a draft", where=option,
+            why="the margin gates the most likely token, one at a time", fix="--cascade alone",
+        )  # fmt: skip
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if not as_json:
+        streamer.put(ids)
+
+    def show(token: int) -> None:
+        if not as_json:
+            streamer.put(torch.tensor([token]))
+
+    done = write(
+        gate, low, ids[0].tolist(), tokens, dtype=dtype, kernels=kernels, cache=cache, say=say, on_token=show
+    )  # fmt: skip
+    made, about = len(done.tokens), done.to_json(gate)
+    if as_json:
+        text = tokenizer.decode([t.token for t in done.tokens], skip_special_tokens=True)
+        emit({
+            "text": text, "tokens": made, "seconds": done.seconds, "tokens_per_second": made / done.seconds,
+            "kv": None if cache is None else str(cache.kv), "kv_bytes": None if cache is None else cache.nbytes,
+            "cascade": about,
+        })  # fmt: skip
+        return
+    streamer.end()
+    own = "the whole text is what it writes alone"
+    if about["first_change"] is not None:
+        own = f"the first {about['first_change']} tokens are what it writes alone"
+    say(
+        f"{made} tokens in {done.seconds:.1f} s ({made / done.seconds:.1f} tokens/s); below a margin of {gate.margin:g}"
+        f" {gate.reference} decided {about['escalated']:.1%} of them; it agrees with {about['kept']:.1%}, and {own}"
+    )

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lowbit.cli.options import say
 from lowbit.cli.progress import Bars
-from lowbit.study import engine
-from lowbit.study.executors import inline, processes
-from lowbit.study.grid import Grid
+from lowbit.study import engine, ray_executor
+from lowbit.study.executors import Executor, inline, processes
+from lowbit.study.grid import Planned
 from lowbit.study.store import Store
 
+Where = Literal["local", "ray"]
+"""On this machine, or on those of a Ray cluster."""
 
-def run_grids(folder: Path, name: str, spec: Mapping[str, Any], grids: Sequence[Grid], jobs: int) -> int:
+
+def run_grids(
+    folder: Path, name: str, spec: Mapping[str, Any], grids: Sequence[Planned], jobs: int, where: Where = "local"
+) -> int:
     """Compute what is missing of all grids; returns how many cells failed or could not run."""
     cells = [cell for grid in grids for cell in grid.cells]
-    with Store(folder) as store, inline() if jobs == 1 else processes(jobs) as executor, Bars() as bars:
+    with Store(folder) as store, _executor(folder, jobs, where) as executor, Bars() as bars:
         engine.add_cells(store, cells)
         store.put_study(name, dict(spec), [member for grid in grids for member in grid.members])
 
@@ -41,6 +46,12 @@ def run_grids(folder: Path, name: str, spec: Mapping[str, Any], grids: Sequence[
     parts += [f"{summary.blocked} not run because of it"] if summary.blocked else []
     say(f"{', '.join(parts)}, {summary.seconds:.1f} s")
     return summary.failed + summary.blocked
+
+
+def _executor(folder: Path, jobs: int, where: Where) -> Executor:
+    if where == "ray":
+        return ray_executor.cluster(jobs, folder)
+    return inline() if jobs == 1 else processes(jobs)
 
 
 def blocked_by(error: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -18,6 +18,10 @@ def run(
     file: File,
     store: StoreFolder = None,
     jobs: Jobs = 1,
+    executor: Annotated[
+        Literal["local", "ray"],
+        typer.Option("-x", "--executor", help="Where the workers are: here, or on a Ray cluster (RAY_ADDRESS)."),
+    ] = "local",
     report: Annotated[
         Path | None,
         typer.Option("--report", metavar="FILE", help="The HTML report. Default: report.html in the store."),
@@ -34,7 +38,7 @@ def run(
     from lowbit.cli.tables import show_reports
 
     opened = _open(file, store)
-    failed = run_grids(opened.folder, opened.study.name, opened.study.model_dump(), opened.grids, jobs)
+    failed = run_grids(opened.folder, opened.study.name, opened.study.model_dump(), opened.grids, jobs, executor)
     html = report or opened.folder / "report.html"
     show_reports(opened.folder, opened.study.name, opened.grids, "json" if as_json else output, html)
     if failed:

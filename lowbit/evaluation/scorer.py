@@ -10,7 +10,7 @@ Logits exist for a few positions at a time; everything else about an evaluation 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 from lowbit import digest
 from lowbit.arrays import Float, Int, Tensor
 from lowbit.errors import EvidenceError
+from lowbit.evaluation import prefix
 from lowbit.evaluation.evidence import Provenance, Reference, empty_columns
+from lowbit.evaluation.generation import Limits, Written, end_tokens, greedy
 from lowbit.evaluation.head import Head, final_hidden
 from lowbit.evaluation.metrics.base import Tokens
 from lowbit.evaluation.protocol import Windows, in_chunks
@@ -122,31 +124,39 @@ class Scorer:
 
     @torch.inference_mode()
     def log_likelihoods(
-        self, sequences: list[tuple[list[int], list[int]]]
+        self, sequences: list[tuple[list[int], list[int]]], on_done: Callable[[int], object] = lambda _: None
     ) -> list[tuple[Float[Tensor, "tokens"], bool]]:
         """For each (context, continuation): log p of every continuation token, and whether greedy says the same.
 
-        Inputs are run longest first in batches of like length, padded on the right (causal models do not see it);
-        the same input with other last tokens is run once. Raises EvidenceError for an empty context or continuation.
+        What sequences begin with in common (few-shot examples, the question of several choices) is run once, see
+        prefix.py; with a chunk, or a model whose cache holds more than keys and values, every distinct input is run by
+        itself. ``on_done`` is told how many are done since. Raises EvidenceError for an empty context or continuation.
         """
         if not all(context and continuation for context, continuation in sequences):
             raise EvidenceError("a context or continuation has no tokens", fix="a first token, such as the tokenizer's")
-        inputs: dict[tuple[int, ...], list[int]] = {}
-        for i, (context, continuation) in enumerate(sequences):
-            inputs.setdefault((*context, *continuation[:-1]), []).append(i)
-        order = sorted(inputs, key=len, reverse=True)
-        found: dict[int, tuple[Tensor, bool]] = {}
-        head = self._head(torch.tensor(order[0][:8])) if order else None
-        for start in range(0, len(order), self.batch):
-            rows = order[start : start + self.batch]
-            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-            hidden = self._final(ids)
-            for row, h in zip(rows, hidden, strict=True):
-                for i in inputs[row]:
-                    context, continuation = sequences[i]
-                    assert head is not None  # there is a row
-                    found[i] = _follow(head, h[len(context) - 1 : len(row)], torch.tensor(continuation))
-        return [found[i] for i in range(len(sequences))]
+        if not sequences:
+            return []
+        head = self._head(torch.tensor(sequences[0][0][:8]))
+        if self.chunk is None and prefix.shareable(self.model.config):
+            asked = prefix.shared(self.model, sequences, self.batch)
+        else:
+            asked = prefix.whole(self._final, sequences, self.batch)
+        return prefix.follow(head, asked, [continuation for _, continuation in sequences], on_done)
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        tokenizer: Any,
+        limits: Limits,
+        on_done: Callable[[int], object] = lambda _: None,
+    ) -> list[Written]:
+        """What the model writes greedily after each prompt (token ids, at least one), see generation.py."""
+        head = self._head(torch.tensor(prompts[0][:8]))
+        return greedy(self.model, head, tokenizer, prompts, limits, batch=self.batch, kv=self.kv, on_done=on_done)
+
+    def ends(self, tokenizer: Any) -> frozenset[int]:
+        """The tokens that end a text of this model."""
+        return end_tokens(self.model, tokenizer)
 
     def _head(self, sample: Int[Tensor, "length"]) -> Head:
         """The model's head, checked once against the model's own logits on a few tokens."""
@@ -209,18 +219,6 @@ def _places(windows: Windows) -> dict[str, Tensor]:
 
 def _tokens(columns: dict[str, Tensor]) -> Tokens:
     return Tokens.of({name: column.numpy() for name, column in columns.items()})
-
-
-def _follow(
-    head: Head, hidden: Float[Tensor, "tokens d"], targets: Int[Tensor, "tokens"]
-) -> tuple[Float[Tensor, "tokens"], bool]:
-    """log p of every target after its hidden state, and whether each is the most likely token."""
-    values, greedy = [], True
-    for h, part in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
-        logits = head(h)
-        values.append((_pick(logits, part) - torch.logsumexp(logits, dim=-1)).cpu())
-        greedy &= bool((logits.argmax(-1).cpu() == part).all())
-    return torch.cat(values), greedy
 
 
 def _pick(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,7 +25,7 @@ from lowbit.formats.blocks import Block
 from lowbit.formats.clip import Cost, Ends, Importance, chunks, search
 from lowbit.formats.grids import Codebook, Grid, IntGrid, Quantile, Table, codebook
 from lowbit.formats.pack import Codes, Whole
-from lowbit.formats.qtensor import Affine, Lookup, QTensor, Raw, Sum
+from lowbit.formats.qtensor import Affine, Lookup, Offset, QTensor, Raw, Sum
 from lowbit.formats.snap import Snapped, Snapper, divisible, integer_snapper, snap_integer, snap_table, table_snapper
 
 
@@ -60,6 +60,7 @@ class Format:
     block: Block
     scale: Stored | Format | None
     zero: Stored | None = None  # asymmetric grids: None stores whole zeros in the codes' own bits, else any number
+    offset: Stored | Format | None = None  # asymmetric grids: blocks store their least value, not their zero
     centred: bool = False  # the mean is subtracted first and stored apart (double quantization)
     least_clip_steps: int = 0  # grids that min-max serves badly (ternary) are always searched
 
@@ -148,6 +149,9 @@ class Format:
         if isinstance(self.grid, IntGrid):
             if params.scale is None:
                 raise FormatError("an integer grid needs a scale", where=self.name)
+            if self.offset is not None and params.zero is not None:
+                least = self._stored_offset(-params.zero * divisible(params.step))
+                return Offset(shape, packed, params.scale, least, self.block)
             return Affine(shape, packed, params.scale, self._stored_zero(params.zero), self.block)
         if isinstance(self.grid, Table):
             return Lookup(shape, packed, self.grid.name, params.scale, self.block)
@@ -175,16 +179,16 @@ class Format:
         rows, columns = shape
         blocks = self.block.count(shape)
         total = Codes.nbytes(rows, columns, self.grid.levels)
-        if self.asymmetric and self.zero is not None:
+        if self.offset is not None:
+            total += _stored_bytes(self.offset, blocks)
+        elif self.asymmetric and self.zero is not None:
             total += math.prod(blocks) * self.zero.dtype.itemsize
         elif self.asymmetric:
             total += Codes.nbytes(1, math.prod(blocks), self.grid.levels)
         elif isinstance(self.grid, Quantile):
             total += self.grid.levels * torch.float16.itemsize
-        if isinstance(self.scale, Stored):
-            total += math.prod(blocks) * self.scale.dtype.itemsize
-        elif self.scale is not None:
-            total += self.scale.nbytes(blocks)
+        if self.scale is not None:
+            total += _stored_bytes(self.scale, blocks)
         return total + (4 if self.centred else 0)
 
     def bits_per_weight(self, shape: tuple[int, ...]) -> float:
@@ -197,7 +201,14 @@ class Format:
             raise FormatError(f"{self.name} needs a matrix, got shape {tuple(shape)}", fix="keep this tensor in 16 bit")
 
     def round_zero(self, zero: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-        """Zero points as they will be read back: whole and within the codes' range, or rounded to their dtype."""
+        """Zero points as they will be read back: whole and within the codes' range, or rounded to their dtype.
+
+        Raises FormatError where blocks store coded offsets, of which no zero can move by itself.
+        """
+        if isinstance(self.offset, Format):
+            raise FormatError(
+                "offsets are coded together", where=self.name, why="no zero can move by itself", fix="rtn"
+            )
         if self.zero is None:
             return torch.round(zero).clamp_(0, self.grid.levels - 1)
         return zero.to(self.zero.dtype).to(torch.float32)
@@ -205,8 +216,13 @@ class Format:
     def _params(self, low: Tensor, high: Tensor, table: Tensor | None = None) -> Params:
         """Parameters of ranges that include zero, rounded to how they are stored."""
         if not self.asymmetric:
-            return Params(*self._store(torch.maximum(high, -low) / self._divisor()), None, table)
+            reach = torch.maximum(high, -low)
+            if isinstance(self.grid, IntGrid) and self.grid.signed:
+                reach = torch.where(high > -low, -reach, reach)
+            return Params(*self._store(reach / self._divisor()), None, table)
         stored, step = self._store((high - low) / (self.grid.levels - 1))
+        if self.offset is not None:
+            return Params(stored, step, -self._stored_offset(low).decode() / divisible(step))
         return Params(stored, step, self.round_zero(-low / divisible(step)))
 
     def _stored_zero(self, zero: Tensor | None) -> Codes | Raw | None:
@@ -215,6 +231,18 @@ class Format:
         if self.zero is None:
             return Codes.of(zero.reshape(1, -1), self.grid.levels)
         return Raw.of(zero.to(self.zero.dtype))
+
+    def _stored_offset(self, low: Tensor) -> QTensor:
+        """The least values of blocks as stored; coded ones are whole numbers times a negative scale."""
+        if isinstance(self.offset, Format):
+            coded = self.offset.quantize_scale(-low)
+            assert isinstance(coded, Affine)
+            return replace(coded, scale=coded.scale.map(torch.neg))
+        assert self.offset is not None
+        stored = Raw.of(low.to(self.offset.dtype))
+        if not torch.isfinite(stored.data).all():
+            raise FormatError(f"an offset of {float(low.min()):.3g} does not fit its storage", where=self.name)
+        return stored
 
     def _book(self, table: Tensor | None) -> Table | Codebook:
         if isinstance(self.grid, Table):
@@ -251,7 +279,8 @@ class Format:
         if isinstance(self.scale, Stored):
             limits = torch.finfo(self.scale.dtype)
             smallest = limits.smallest_normal * limits.eps
-            stored: QTensor = Raw.of(torch.where(scale > 0, scale.clamp_min(smallest), scale).to(self.scale.dtype))
+            tiny = (scale != 0) & (scale.abs() < smallest)
+            stored: QTensor = Raw.of(torch.where(tiny, scale.sign() * smallest, scale).to(self.scale.dtype))
         else:
             stored = self.scale.quantize_scale(scale)
         step = stored.decode()
@@ -263,7 +292,7 @@ class Format:
         return stored, step
 
     def quantize_scale(self, scale: Tensor) -> QTensor:
-        """This format applied to a matrix of scales (all non-negative)."""
+        """This format applied to a matrix of scales (all non-negative, but for signed grids)."""
         if self.scale is None:  # powers of two, rounded down as OCP microscaling does; clamped to the table
             exponent = torch.floor(torch.log2(scale.clamp_min(2.0**-127))).clamp_(-127, 127)
             return Lookup(tuple(scale.shape), Codes.of(exponent + 127, 255), "e8m0", None, self.block)
@@ -275,6 +304,11 @@ class Format:
         return Sum(coded.shape, (coded, Raw(coded.shape, mean.view(1, 1))))
 
 
+def _stored_bytes(how: Stored | Format, blocks: tuple[int, int]) -> int:
+    """Bytes of one number a block."""
+    return math.prod(blocks) * how.dtype.itemsize if isinstance(how, Stored) else how.nbytes(blocks)
+
+
 def _is_power(scale: Stored | Format | None) -> bool:
     """Whether scales are powers of two, kept as exponents alone."""
     return isinstance(scale, Format) and scale.scale is None
@@ -284,7 +318,8 @@ def _has_kernel(fmt: Format, blocks: Tensor) -> bool:
     """Whether a clip search of this format runs in one launch: on a GPU, with plain scales and few values."""
     few = isinstance(fmt.grid, IntGrid) or (isinstance(fmt.grid, Table) and fmt.grid.levels <= 16)
     small = blocks.shape[-1] <= 1 << 14  # what the registers of one program hold
-    plain = isinstance(fmt.scale, Stored)
+    plain = isinstance(fmt.scale, Stored) and fmt.offset is None
+    plain = plain and not (isinstance(fmt.grid, IntGrid) and fmt.grid.signed)
     return blocks.is_cuda and few and small and plain and importlib.util.find_spec("triton") is not None
 
 

@@ -25,11 +25,14 @@ class IntGrid:
     """Integers of ``bits`` bits. Asymmetric: code ``q`` means ``q - zero``. Symmetric: ``q - 2^(bits-1)``.
 
     A symmetric scale maps the largest magnitude to ``2^(bits-1) - 1``, so that min-max uses an odd number of
-    levels; the spare lowest level stays available to methods that push values outward.
+    levels; the spare lowest level stays available to methods that push values outward. Symmetric and ``signed``: it
+    maps that magnitude to ``-2^(bits-1)``, with a negative scale where the value is positive, so that no level is
+    spared (ggml's q4_0).
     """
 
     bits: int
     symmetric: bool
+    signed: bool = False
 
     @property
     def levels(self) -> int:
@@ -43,7 +46,7 @@ class IntGrid:
     @property
     def top(self) -> float:
         """The value that the largest magnitude of a block is scaled to (symmetric grids)."""
-        return float((1 << (self.bits - 1)) - 1)
+        return float((1 << (self.bits - 1)) - (not self.signed))
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,12 +65,12 @@ class Affine(QTensor):
         return _apply(self.block, self.shape, rows, q, scale, zero)
 
     def problem(self) -> str:
-        if problem := self.codes.problem(*self.shape) or _scale_problem(self.scale, self.block, self.shape):
+        if problem := self.codes.problem(*self.shape) or scale_problem(self.scale, self.block, self.shape):
             return problem
         if self.zero is None:
             return ""
         if isinstance(self.zero, QTensor):
-            return _scale_problem(self.zero, self.block, self.shape, "zeros")
+            return scale_problem(self.zero, self.block, self.shape, "zeros")
         if self.zero.levels != self.codes.levels:
             return f"zeros of {self.zero.levels} levels, codes of {self.codes.levels}"
         return self.zero.problem(1, math.prod(self.block.count(self.shape)))
@@ -102,7 +102,7 @@ class Lookup(QTensor):
             return str(error)
         if values < (reach := reachable(self.codes.levels)):
             return f"packed codes reach {reach} values, the table has {values}"
-        scale = "" if self.scale is None else _scale_problem(self.scale, self.block, self.shape)
+        scale = "" if self.scale is None else scale_problem(self.scale, self.block, self.shape)
         return scale or self.codes.problem(*self.shape)
 
 
@@ -143,7 +143,7 @@ class Columns(QTensor):
         return outside(self.index, self.shape[1])
 
 
-def _scale_problem(scale: QTensor, block: Block, shape: tuple[int, ...], what: str = "scales") -> str:
+def scale_problem(scale: QTensor, block: Block, shape: tuple[int, ...], what: str = "scales") -> str:
     blocks = block.count(shape)
     return "" if scale.shape == blocks else f"{what} of shape {scale.shape} for {blocks} blocks"
 

@@ -18,6 +18,9 @@ and names that have a meaning elsewhere:
     mxfp4  mxfp8                         OCP microscaling: groups of 32, power-of-two scale
     nvfp4                                E2M1, groups of 16, e4m3 scale, one fp32 scale a tensor
     ternary                              groups of 128
+    q4_0  q5_0  q8_0                     ggml's blocks: groups of 32, fp16 scale, which is negative where that helps
+    q4_1  q5_1                           groups of 32, fp16 scale and fp16 least value
+    q2_k  q3_k  q4_k  q5_k  q6_k         groups of 16 or 32, scales (and least values) coded in blocks of 256
     ec1 .. ec8                           entropy coded at that many bits a weight, decimals allowed (ec2.5)
     ec                                   the same at what a budget of bytes leaves
 
@@ -69,9 +72,33 @@ _FIXED = [
     Format("ternary", Table("ternary"), _group(128), _FP16, least_clip_steps=_TERNARY_STEPS),
 ]
 
+
+def _coded(bits: int, each: int, symmetric: bool = False) -> Format:
+    """How K-quants store scales: whole numbers of so many bits, and one fp16 for a block of 256 weights."""
+    per = 256 // each
+    return Format(f"int{bits}-g{per}{'-sym' if symmetric else ''}", IntGrid(bits, symmetric), _group(per), _FP16)
+
+
+def _with_least(name: str, bits: int, each: int, scale: Stored | Format) -> Format:
+    return Format(name, IntGrid(bits, False), _group(each), scale, zero=_FP32, offset=scale)
+
+
+_GGML = [
+    Format("q4_0", IntGrid(4, True, signed=True), _group(32), _FP16),
+    Format("q5_0", IntGrid(5, True, signed=True), _group(32), _FP16),
+    Format("q8_0", IntGrid(8, True), _group(32), _FP16),
+    _with_least("q4_1", 4, 32, _FP16),
+    _with_least("q5_1", 5, 32, _FP16),
+    _with_least("q2_k", 2, 16, _coded(4, 16)),
+    Format("q3_k", IntGrid(3, True, signed=True), _group(16), _coded(6, 16, symmetric=True)),
+    _with_least("q4_k", 4, 32, _coded(6, 32)),
+    _with_least("q5_k", 5, 32, _coded(6, 32)),
+    Format("q6_k", IntGrid(6, True, signed=True), _group(16), _coded(8, 16, symmetric=True)),
+]
+
 _BLOCKS = {"tensor": _TENSOR, "row": _ROW, "g32": _group(32), "g64": _group(64), "g128": _group(128)}
 
-PRESETS: dict[str, Format] = {f.name: f for f in _FIXED} | {
+PRESETS: dict[str, Format] = {f.name: f for f in (*_FIXED, *_GGML)} | {
     name: Format(name, IntGrid(bits, symmetric), block, _FP16)
     for bits in range(2, 9)
     for spelling, block in _BLOCKS.items()

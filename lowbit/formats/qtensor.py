@@ -2,6 +2,7 @@
 
     Raw(data)                                    values as stored
     Affine(codes, scale, zero, block)            scale * (codes - zero)
+    Offset(codes, scale, offset, block)          scale * codes + offset
     Lookup(codes, table, scale, block)           scale * table[codes]
     Sum(terms)                                   the sum of its terms
     Columns(index, inner)                        some columns, zero elsewhere
@@ -30,19 +31,20 @@ from lowbit.formats.nodes import Affine, Columns, Lookup, Raw, Sum
 from lowbit.formats.nodes_coded import Coded
 from lowbit.formats.nodes_inputs import Gathered, Rotated
 from lowbit.formats.nodes_nested import Nested
+from lowbit.formats.nodes_offset import Offset
 from lowbit.formats.nodes_terms import LowRank, Sparse
 from lowbit.formats.pack import Codes
 from lowbit.formats.spec import Leaf, Spec
 from lowbit.formats.tree import Part, QTensor
 
 __all__ = [
-    "NODES", "Affine", "Coded", "Columns", "Gathered", "Lookup", "LowRank", "Nested", "Part", "QTensor", "Raw",
-    "Rotated", "Sparse", "Sum", "build",
+    "NODES", "Affine", "Coded", "Columns", "Gathered", "Lookup", "LowRank", "Nested", "Offset", "Part", "QTensor",
+    "Raw", "Rotated", "Sparse", "Sum", "build",
 ]  # fmt: skip
 
 NODES: dict[str, type[QTensor]] = {
     cls.__name__: cls
-    for cls in (Raw, Affine, Lookup, Sum, Columns, Sparse, LowRank, Rotated, Gathered, Nested, Coded)
+    for cls in (Raw, Affine, Offset, Lookup, Sum, Columns, Sparse, LowRank, Rotated, Gathered, Nested, Coded)
 }  # fmt: skip
 
 
@@ -70,6 +72,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {  # what a field may hold, whatever 
     "zero": lambda v: isinstance(v, Codes | QTensor),
     "block": lambda v: isinstance(v, Block),
     "scale": lambda v: isinstance(v, QTensor),
+    "offset": lambda v: isinstance(v, QTensor),
     "inner": lambda v: isinstance(v, QTensor),
     "terms": lambda v: isinstance(v, tuple),
     "size": lambda v: type(v) is int,

@@ -33,12 +33,18 @@ _AF4 = (
     0.04273164, 0.12934483, 0.21961274, 0.31675666, 0.42563882, 0.55496234, 0.72424863, 1.0,
 )  # fmt: skip
 
+# ggml's IQ4_NL and IQ4_XS: a fixed non-uniform grid in whole numbers, which scales of float16 multiply.
+_IQ4NL = (
+    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
+)  # fmt: skip
+
 
 @functools.cache
 def table_values(name: str) -> tuple[float, ...]:
     """The values of a named table in code order.
 
-    Names: ``nf4``, ``af4``, ``fp4`` (bitsandbytes'), ``dynamic{3..8}``, ``ternary``, ``e8m0``, and ``e{E}m{M}`` for
+    Names: ``nf4``, ``af4``, ``fp4`` (bitsandbytes'), ``dynamic{3..8}``, ``ternary``, ``e8m0``, ``iq4nl``
+    (ggml's), and ``e{E}m{M}`` for
     floats with a sign, E exponent and M mantissa bits (``e4m3`` has one NaN code a sign, ``e5m2`` has infinities, as
     OCP says). Raises RecipeError with the nearest name.
     """
@@ -96,5 +102,6 @@ def _minifloat(exponent: int, mantissa: int) -> tuple[float, ...]:
 
 _NAMED: dict[str, Callable[[], tuple[float, ...]]] = {
     "nf4": lambda: _NF4, "af4": lambda: _AF4, "fp4": _fp4, "ternary": lambda: (-1.0, 0.0, 1.0), "e8m0": _e8m0,
+    "iq4nl": lambda: _IQ4NL,
     **{f"dynamic{bits}": functools.partial(_dynamic, bits) for bits in range(3, 9)},
 }  # fmt: skip

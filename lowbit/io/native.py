@@ -25,7 +25,9 @@ from torch import nn
 from lowbit import digest
 from lowbit.arrays import Tensor
 from lowbit.errors import StorageError
+from lowbit.formats.activation import Input
 from lowbit.formats.heads import CacheFormat
+from lowbit.formats.qtensor import QTensor
 from lowbit.io.layout import VERSION, Contents, Settings, contents_of, header, opened, read_shard
 from lowbit.io.reading import MANIFEST, Held, is_native, qtensors, settings, verify
 from lowbit.io.storage import LOCK, Lock, storage, write_json, write_tensors
@@ -52,17 +54,19 @@ class Writer:
     """
 
     def __init__(
-        self, out: Path, source: Source, recipe: Recipe, calibration: str | None, dtype: torch.dtype = torch.float32
-    ) -> None:
-        """``calibration`` is the digest of the calibration tokens, None when none are used; ``dtype`` the walk's.
+        self, out: Path, source: Source, recipe: Recipe, calibration: str | None, dtype: torch.dtype = torch.float32,
+        identity: str | None = None,
+    ) -> None:  # fmt: skip
+        """``calibration`` is the digest of the calibration tokens, None when none are used; ``dtype`` the walk's;
+        ``identity`` that of the original where it is more than the source's own digest.
 
         ``already_done`` tells that the directory holds this very result. Raises StorageError when it holds something
         else, or another process is writing it.
         """
         self.out, self.source, self.recipe = out, source, recipe
         self.work = {
-            "version": VERSION, "source": source.digest, "recipe": recipe.model_dump(), "calibration": calibration,
-            "dtype": str(dtype).removeprefix("torch."),
+            "version": VERSION, "source": identity or source.digest, "recipe": recipe.model_dump(),
+            "calibration": calibration, "dtype": str(dtype).removeprefix("torch."),
         }  # fmt: skip
         with storage(out):
             out.mkdir(parents=True, exist_ok=True)
@@ -89,14 +93,10 @@ class Writer:
 
     def write(self, block: str, module: nn.Module, done: Finished) -> None:
         codes, inputs, edited = done.codes, done.inputs, done.edited
-        tensors = {f"{site}.weight.{p.path}": p.data.contiguous() for site, q in codes.items() for p in q.parts()}
-        for site, rounding in inputs.items():
-            ends = {"low": rounding.low, "high": rounding.high}
-            tensors |= {f"{site}.input.{end}": value for end, value in ends.items() if value is not None}
-        tensors |= {name: _edited(value) for name, value in edited.items()}
+        tensors = parts_of(codes, inputs) | {name: _edited(value) for name, value in edited.items()}
         rest = ((f"{block}.{name}", tensor) for name, tensor in stored(module))
         kept = ((name, t) for name, t in rest if name.removesuffix(".weight") not in codes and name not in edited)
-        tensors |= self._sixteen(kept)
+        tensors |= self.sixteen(kept)
         contents = Contents(
             {site: q.spec() for site, q in codes.items()}, {site: i.format for site, i in inputs.items()}, (*edited,)
         )
@@ -108,9 +108,9 @@ class Writer:
         """Write what belongs to no block, the index, the manifest with ``extra``, and last of all config.json."""
         if self.already_done:
             return self.out
-        rest = self._sixteen(outside_blocks(self.source.skeleton, self.source.blocks))
+        rest, contents = self.outside()
         with storage(self.out):
-            write_tensors(self.out / REST, rest, header(Contents({})))
+            write_tensors(self.out / REST, rest, header(contents))
             blocks = [self._shard(block) for block in self.source.blocks]
             weight_map: dict[str, str] = {}
             held = Held()
@@ -123,7 +123,8 @@ class Writer:
                 files[path.name] = {"bytes": path.stat().st_size, "sha256": digest.of_file(path)}
             for path in blocks:
                 reports += json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            self._copy_companions()
+            if self.source.root is not None:
+                copy_companions(self.source.root, self.out)
             total = sum(int(entry["bytes"]) for entry in files.values())
             write_json(self.out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
             write_json(self.out / MANIFEST, {**extra, **self.work, "files": files, "sites": reports})
@@ -131,6 +132,10 @@ class Writer:
             self._clean()
         self.close()
         return self.out
+
+    def outside(self) -> tuple[dict[str, Tensor], Contents]:
+        """What belongs to no block."""
+        return self.sixteen(outside_blocks(self.source.skeleton, self.source.blocks)), Contents({})
 
     def close(self) -> None:
         """Let another process write here."""
@@ -166,26 +171,22 @@ class Writer:
             self._shard(block).with_suffix(".json").unlink(missing_ok=True)
         (self.out / WORK).unlink(missing_ok=True)
 
-    def _sixteen(self, held: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    def sixteen(self, held: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """The source's weights of these names in 16 bit, and its buffers as they are; absent ones are computed."""
         kept = {}
         for name, tensor in held:
             if isinstance(tensor, nn.Parameter):
-                kept[name] = _to_sixteen(self.source.tensor(name, tuple(tensor.shape)))
+                kept[name] = self.narrowed(self.source.tensor(name, tuple(tensor.shape)))
             elif self.source.has(name):
                 kept[name] = self.source.tensor(name, tuple(tensor.shape)).contiguous()
         return kept
 
+    def narrowed(self, tensor: Tensor) -> Tensor:
+        """A parameter of the source as it is stored: in 16 bit."""
+        return _to_sixteen(tensor)
+
     def _shard(self, block: str) -> Path:
         return self.out / f"lowbit-block-{self.source.blocks.index(block):05d}.safetensors"
-
-    def _copy_companions(self) -> None:
-        if self.source.root is None:
-            return
-        for pattern in _COPIED:
-            for path in self.source.root.glob(pattern):
-                if path.is_file() and path.suffix not in (".safetensors", ".bin", ".py"):
-                    shutil.copyfile(path, self.out / path.name)
 
     def _config(self, held: Held) -> dict[str, Any]:
         known = {name for name, _ in self.source.skeleton.named_parameters()}
@@ -200,6 +201,23 @@ def cache_format(recipe: Recipe) -> CacheFormat | None:
     """How the recipe wants keys and values rounded."""
     kv = recipe.kv
     return None if kv is None else CacheFormat(kv.key, kv.value, kv.sink, kv.window)
+
+
+def parts_of(codes: Mapping[str, QTensor], inputs: Mapping[str, Input]) -> dict[str, Tensor]:
+    """The tensors of low-bit sites, by their names in a shard."""
+    tensors = {f"{site}.weight.{p.path}": p.data.contiguous() for site, q in codes.items() for p in q.parts()}
+    for site, rounding in inputs.items():
+        ends = {"low": rounding.low, "high": rounding.high}
+        tensors |= {f"{site}.input.{end}": value for end, value in ends.items() if value is not None}
+    return tensors
+
+
+def copy_companions(root: Path, out: Path) -> None:
+    """Copy a model's tokenizer and generation files; never code, never pickles. Raises OSError."""
+    for pattern in _COPIED:
+        for path in root.glob(pattern):
+            if path.is_file() and path.suffix not in (".safetensors", ".bin", ".py"):
+                shutil.copyfile(path, out / path.name)
 
 
 def _work_of(path: Path, work: Mapping[str, Any]) -> dict[str, Any]:

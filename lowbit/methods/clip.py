@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from lowbit.calibration.stats import Gram, Stat, Stats
 from lowbit.errors import RecipeError
 from lowbit.formats.clip import Ends
@@ -57,8 +59,10 @@ class Clip:
 def ranges(fmt: Format, params: Params) -> Ranges:
     """The lowest and highest value of every block's grid."""
     step = params.step
-    if isinstance(fmt.grid, IntGrid) and params.zero is not None:
-        return -params.zero * step, (fmt.grid.levels - 1 - params.zero) * step
+    if isinstance(fmt.grid, IntGrid) and (params.zero is not None or fmt.grid.signed):
+        zero = fmt.grid.offset if params.zero is None else params.zero
+        ends = -zero * step, (fmt.grid.levels - 1 - zero) * step
+        return torch.minimum(*ends), torch.maximum(*ends)  # a signed grid's steps may be negative
     top = step * fmt.grid.top
     return -top, top
 

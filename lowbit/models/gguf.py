@@ -14,6 +14,7 @@ from lowbit import digest
 from lowbit.codec.container import Reader, is_coded
 from lowbit.codec.identity import of_decoded
 from lowbit.errors import ModelError, StorageError
+from lowbit.models.gguf_header import check_header
 
 
 def convert(path: Path, say: Callable[[str], None] = lambda _: None) -> Path:
@@ -81,15 +82,12 @@ def check(path: Path) -> None:
     """Raises ModelError unless the file is a whole GGUF file whose tensors lie within it."""
     from gguf import GGUFReader
 
+    check_header(path)
     try:
-        if path.stat().st_size < 24:
-            raise ValueError("shorter than a header")
         reader = GGUFReader(path)
         end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
         if end > path.stat().st_size:
             raise ValueError(f"tensors end at byte {end}, the file at {path.stat().st_size}")
-    except FileNotFoundError:
-        raise ModelError("does not exist", where=str(path)) from None
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
         raise ModelError(
             f"is no whole GGUF file: {error}", where=str(path),

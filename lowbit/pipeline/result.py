@@ -22,8 +22,8 @@ class SiteReport:
     format: str
     nbytes: int
     bits_per_weight: float
-    weight_error: float
-    """|Q - W|² / |W|²"""
+    weight_error: float | None
+    """|Q - W|² / |W|²; None where the original is not known"""
     output_error: float | None
     """|X(Q - W)ᵀ|² / |XWᵀ|² over the calibration tokens, where a Gram matrix was collected"""
     seconds: float

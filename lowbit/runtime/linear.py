@@ -6,6 +6,8 @@ module's own state: ``...q_proj.weight.codes``, ``...q_proj.weight.scale.data``,
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +19,8 @@ from lowbit.arrays import Float, Int, Tensor
 from lowbit.formats.activation import ActivationFormat, Input, exact_columns
 from lowbit.formats.qtensor import Gathered, QTensor, Rotated, build
 from lowbit.formats.spec import Spec
-from lowbit.runtime.kernels import Kernel, check_policy, choose
+from lowbit.runtime.gradients import Product, StraightThrough
+from lowbit.runtime.kernels import REFERENCE, Kernel, check_policy, choose
 
 
 class Stored(nn.Module):
@@ -99,8 +102,10 @@ class Rounding(Stored):
     def forward(
         self, x: Float[Tensor, "*batch in"], exact: Int[Tensor, "k"] | None = None
     ) -> Float[Tensor, "*batch in"]:
-        """``x`` rounded; the columns ``exact`` are not."""
-        return Input(self.format, self.low, self.high).round(x, exact)
+        """``x`` rounded; the columns ``exact`` are not. Gradients pass as if nothing were rounded."""
+        rounded = Input(self.format, self.low, self.high).round(x.detach(), exact)
+        found: Tensor = StraightThrough.apply(x, rounded) if x.requires_grad else rounded
+        return found
 
     def extra_repr(self) -> str:
         return self.format.name
@@ -150,6 +155,12 @@ class QLinear(nn.Module):
         self._only: Kernel | None = None
         self._tree: Inner | None = None
         self._state: tuple[Kernel, Any] | None = None
+        self._number = _numbered(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has a number of its own."""
+        super().__setstate__(state)
+        self._number = _numbered(self)
 
     @classmethod
     def of(
@@ -186,20 +197,36 @@ class QLinear(nn.Module):
         return self._choose(self._inner().spec, x)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        if not torch.compiler.is_compiling():
+            return self.multiply(x)
+        if x.requires_grad:
+            y: Tensor = _uncompiled(self, x)
+        else:
+            y = torch.ops.lowbit.linear(x, self._number)
+        return y
+
+    def multiply(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """What ``forward`` computes; compilers see it as one operator, whose kernels are chosen when it runs."""
         inner = self._inner()
         x = inner.enter(x)
         if self.input is not None:
             x = self.input(x, inner.exact)
         kernel = self._choose(inner.spec, x)
-        if not kernel.prepared:
+        if kernel is REFERENCE and x.requires_grad:
+            y = Product.apply(x, inner.weight)
+        elif not kernel.prepared:
             y = kernel.run(x, inner.weight)
         else:
             if self._state is None or self._state[0] is not kernel or self._state[1].key != (x.dtype, x.device):
                 self._state = kernel, kernel.prepare(inner.weight, x.dtype)
             y = kernel.run(x, self._state[1])
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        out: Tensor = y if self.bias is None else y + self.bias.to(y.dtype)
+        return out
 
     def _choose(self, spec: Spec, x: Tensor) -> Kernel:
+        """``auto`` is the reference where gradients are wanted: other kernels have none."""
+        if self._only is None and self.policy == "auto" and x.requires_grad:
+            return REFERENCE
         return self._only or choose(self.policy, spec, x)
 
     def _inner(self) -> Inner:
@@ -224,3 +251,32 @@ class QLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+# --- compilers -------------------------------------------------------------------------------------------------------
+
+_linears: weakref.WeakValueDictionary[int, QLinear] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def _numbered(linear: QLinear) -> int:
+    """A number by which the operator below finds a linear: graphs hold numbers and tensors, but no modules."""
+    number = next(_numbers)
+    _linears[number] = linear
+    return number
+
+
+@torch.library.custom_op("lowbit::linear", mutates_args=(), schema="(Tensor x, int number) -> Tensor")
+def _operator(x: Float[Tensor, "*batch in"], number: int) -> Float[Tensor, "*batch out"]:
+    return _linears[number].multiply(x)
+
+
+@_operator.register_fake
+def _(x: Float[Tensor, "*batch in"], number: int) -> Float[Tensor, "*batch out"]:
+    return x.new_empty(*x.shape[:-1], _linears[number].out_features)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled(linear: QLinear, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+    """With gradients, between two graphs."""
+    return linear.multiply(x)

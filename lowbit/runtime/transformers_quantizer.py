@@ -85,7 +85,12 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Whether adapters on top can be trained: codes themselves never are."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
 
 
 def _is_ours(shard: contextlib.AbstractContextManager[Any]) -> bool:

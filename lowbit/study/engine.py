@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lowbit.errors import StudyError
-from lowbit.study.executors import Executor, Lane
+from lowbit.study.executors import Executor, Lane, WorkerLost
 from lowbit.study.keys import cell_key, spelled
 from lowbit.study.rows import Progress
 from lowbit.study.store import LEASE_S, Store
 from lowbit.study.worker import Outcome, Stage, run_cell
 
 _POLL_S = 0.2
+_LOSSES = 2  # workers that a cell may lose before it is held to be the reason
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ class _Run:
         self.progress: dict[str, Progress] = {}
         self.waiting: dict[str, Cell] = {}
         self.elsewhere: set[str] = set()  # waiting cells that another driver's worker holds
+        self.losses: Counter[str] = Counter()
         self.done: set[str] = set()
         self.counts = {CellDone: 0, CellSkipped: 0, CellFailed: 0}
         self.blocked = 0
@@ -232,6 +235,11 @@ class _Run:
         """Takes note of how a cell ended."""
         hand.busy = False
         problem = future.exception()
+        if isinstance(problem, WorkerLost) and self.losses[cell.key] < _LOSSES:
+            self.losses[cell.key] += 1
+            self.waiting[cell.key] = cell
+            self.elsewhere.add(cell.key)  # until the lease of the lost worker is known to be over
+            return
         if problem is not None:  # run_cell makes outcomes of a stage's errors: this is the worker itself
             self.store.fail(cell.key, str(problem))
             self.failed(cell, str(problem))

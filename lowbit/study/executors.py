@@ -2,7 +2,7 @@
 
 A lane has the shape of ``concurrent.futures``, and each process lane is one process, so that a worker's death costs
 the one cell that it had, and cells that share a large input can be sent to the same process. A cluster's lanes need
-no more than `Lane`: ``submit``, ``kill``, ``close``.
+no more than `Lane`: ``submit``, ``kill``, ``close`` (see `ray_executor`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,19 @@ _CLOSE_S = 5.0
 _starting = threading.Lock()
 
 
+class WorkerLost(StudyError):
+    """A worker vanished, maybe with its machine: the call may be sent again."""
+
+
 class Lane(ABC):
     """Runs one call at a time, always in the same place."""
 
     @abstractmethod
     def submit(self, function: Callable[..., Any], /, *args: object) -> Future[Any]:
-        """Starts ``function(*args)``. The future holds its result or exception, a `StudyError` if the worker died."""
+        """Starts ``function(*args)``. The future holds its result or exception, a `StudyError` if the worker died.
+
+        A `WorkerLost` where that may have had other reasons than the call.
+        """
 
     @abstractmethod
     def kill(self) -> None:

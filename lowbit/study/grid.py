@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lowbit.calibration import text as texts
 from lowbit.calibration.synthetic import identity
@@ -20,6 +20,19 @@ from lowbit.study.rows import Member
 from lowbit.study.spec import Study
 
 Say = Callable[[str], None]
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """Cells that a run computes, and the parts they play in their study."""
+
+    @property
+    def cells(self) -> list[Cell]:
+        """In the order in which they are best computed."""
+
+    @property
+    def members(self) -> list[Member]:
+        """Each cell's key and part."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,7 @@ def of_study(study: Study, say: Say = lambda _: None) -> list[Grid]:
             fix=f"some of: {', '.join(study.recipes)}",
         )  # fmt: skip
     recipes = _recipes(study)
-    models = _short_names(study.models, study.name)
+    models = short_names(study.models, study.name)
     return [_model(study, recipes, name, label, say) for name, label in models.items()]
 
 
@@ -75,7 +88,7 @@ def of_directories(model: str, candidates: list[str], evaluation: Mapping[str, A
 
     ``evaluation`` holds text, protocol, windows, batch and dtype. Raises StudyError for one that is named twice.
     """
-    names = _short_names(candidates, "compare")
+    names = short_names(candidates, "compare")
     common = _common(model, evaluation, say)
     reference, floor = _references(_short(model), common, "")
     entries = []
@@ -133,7 +146,7 @@ def _label(name: str, recipe: Recipe) -> str:
     return Path(name).stem if name.endswith(".toml") else recipe.line
 
 
-def _short_names(names: Iterable[str], where: str) -> dict[str, str]:
+def short_names(names: Iterable[str], where: str) -> dict[str, str]:
     """Names as typed, with what a table calls them: the last part of a path, all of it where that is ambiguous."""
     names = list(names)
     if twice := next((name for name in names if names.count(name) > 1), None):

@@ -218,7 +218,7 @@ def test_every_value_goes_to_the_nearest_that_its_block_has(name: str) -> None:
     choices = levels * step.unsqueeze(-1)
     least = (choices - w.unsqueeze(-1)).abs().amin(-1)
     error = (fmt.encode(w, params).decode() - w).abs()
-    assert (error <= least + 1e-6 * step.abs()).all()
+    assert (error <= least + 4e-6 * step.abs()).all()  # offsets are added after the product, not before
 
 
 @pytest.mark.parametrize(

@@ -22,3 +22,11 @@ def finished(llama: Path, tokens: torch.Tensor, tmp_path_factory: pytest.TempPat
 def checkpoint(finished: Path, tmp_path: Path) -> Path:
     """A copy of the result that a test may damage."""
     return Path(shutil.copytree(finished, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def int4(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result of ``rtn:int4-g32``, which many layouts can hold; read only."""
+    out = tmp_path_factory.mktemp("int4") / "q"
+    quantize(llama, out, None, "rtn:int4-g32")
+    return out

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from lowbit.arrays import Tensor
 from lowbit.formats.activation import ActivationFormat, Input
@@ -31,7 +31,8 @@ class LowBitModel:
     architecture: str
     """``LlamaForCausalLM``"""
     specs: Mapping[str, Spec]
-    """By site: the module's name without ``.weight``."""
+    """By site: the module's name in the files, without ``.weight``: experts are named one by one
+    (``...experts.3.w1``), and gate and up projections that the model fuses are sites of their own."""
     dense: tuple[str, ...] = ()
     """Sites of linears that stay in 16 bit, such as ``lm_head``."""
     inputs: Mapping[str, ActivationFormat] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class Refusal:
     fix: str = ""
 
 
+@runtime_checkable
 class Layout(Protocol):
     """One ecosystem's layout with the settings of one model."""
 
@@ -61,12 +63,12 @@ class Layout(Protocol):
         ...
 
     @classmethod
-    def for_model(cls, model: LowBitModel) -> Self:
+    def for_model(cls, model: LowBitModel) -> Layout:
         """Settings for a model; raises ExportError naming the first site that is refused or differs from the rest."""
         ...
 
     @classmethod
-    def of_config(cls, config: Mapping[str, Any]) -> Self:
+    def of_config(cls, config: Mapping[str, Any]) -> Layout:
         """Settings from the untrusted ``quantization_config`` of a file; raises CheckpointError naming the field."""
         ...
 
@@ -76,6 +78,10 @@ class Layout(Protocol):
 
     def files(self) -> dict[str, Any]:
         """Other JSON files that the ecosystem expects beside config.json, by name."""
+        ...
+
+    def notes(self) -> tuple[str, ...]:
+        """What the files cannot say of the model, a sentence each (a KV format, ...): users are warned with them."""
         ...
 
     def pack(self, site: str, q: QTensor, input: Input | None = None) -> dict[str, Tensor]:
@@ -88,3 +94,9 @@ class Layout(Protocol):
         ``shape`` is (out, in), from the model's skeleton. Raises CheckpointError naming the tensor.
         """
         ...
+
+
+if TYPE_CHECKING:
+    LayoutClass = type[Layout]
+else:
+    LayoutClass = type  # of a protocol with data, only instances can be checked while a program runs

@@ -1,0 +1,147 @@
+"""Screening: the mean of a task from a few of its items, chosen where the reference is unsure.
+
+Choices change where the reference's margin is small, so items are drawn more densely there: a pilot from every stratum
+of margin, then the rest where the pilot saw most spread (Neyman allocation), and a mean that weighs the strata back.
+Two models beside each other are *screened* on few items and *confirmed* on others, so that having been picked as the
+best of many does not flatter the winner. It pays where changes are rare: at 0.45, 4 and 9 % of changed answers the
+variance was 2.2, 1.6 and 0.9 times smaller than that of as many random items.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy import special
+
+from lowbit.errors import EvidenceError
+from lowbit.evaluation.metrics.base import quantile_group
+from lowbit.evaluation.statistics import Interval, holm
+
+STRATA = 5
+_PILOT = 0.4  # of the budget
+_LEAST = 5  # items a stratum: below that its spread is a guess
+_PRIOR = 2.0  # items of average spread that a stratum's own spread is mixed with: none seen is not none there
+ALPHA = 0.05
+
+Measure = Callable[[Int[np.ndarray, " k"]], Float[np.ndarray, " k"]]
+"""The paired difference on the items with these indices; asking costs time."""
+
+
+class Sampled(NamedTuple):
+    """An estimate of the mean over all items, and the items it came from."""
+
+    interval: Interval
+    items: Int[np.ndarray, " k"]
+
+
+def screen(
+    measure: Measure, margin: Float[np.ndarray, " n"], budget: int, *, strata: int = STRATA, seed: int = 0,
+    free: Bool[np.ndarray, " n"] | None = None, level: float = 0.95,
+) -> Sampled:  # fmt: skip
+    """Mean of ``measure`` over all n items from ``budget`` of them, in two stages.
+
+    ``margin`` is the reference's. ``free`` marks the items that may be drawn (those not screened before), of all of
+    which the estimate still speaks: they must have been left over at random within each stratum. The interval is for
+    independent items. Raises EvidenceError for a budget below ten items a stratum or above what is free.
+    """
+    n = len(margin)
+    free = np.ones(n, dtype=np.bool_) if free is None else free
+    if budget < 2 * _LEAST * strata or budget > free.sum():
+        raise EvidenceError(
+            f"a budget of {budget} from {int(free.sum())} items", where="screening",
+            why="a stratum needs ten items for its spread to be known", fix=f"at least {2 * _LEAST * strata}",
+        )  # fmt: skip
+    rng, group = np.random.default_rng(seed), quantile_group(margin.astype(np.float64), strata)
+    order = [rng.permutation(np.flatnonzero(free & (group == h))) for h in range(strata)]
+    size = np.bincount(group, minlength=strata).astype(np.float64)
+    room = np.array([len(o) for o in order])
+    pilot = np.minimum(np.maximum(round(_PILOT * budget / strata), _LEAST), room)
+    values = [measure(o[:k]).astype(np.float64) for o, k in zip(order, pilot, strict=True)]
+    more = _allocate(size * _spread(values, size), room, pilot, budget)
+    values = [
+        np.concatenate([v, measure(o[k:m])]) for v, o, k, m in zip(values, order, pilot, more, strict=True)
+    ]  # fmt: skip
+    weight = size / n
+    estimate = float(weight @ np.array([v.mean() for v in values]))
+    # of a finite task: a stratum that was asked in full has no error left
+    left = 1 - more / size
+    each = weight**2 * _spread(values, size) ** 2 * left / more
+    se = math.sqrt(float(each.sum()))
+    df = max(float(each.sum() ** 2 / np.sum(each**2 / np.maximum(more - 1, 1))), 1.0) if se else float(more.sum())
+    half = float(special.stdtrit(df, (1 + level) / 2)) * se
+    items = np.sort(np.concatenate([o[:m] for o, m in zip(order, more, strict=True)]))
+    method = f"{strata} strata of margin, t, {df:.0f} df"
+    return Sampled(Interval(estimate, estimate - half, estimate + half, se, len(items), len(items), method), items)
+
+
+class Raced(NamedTuple):
+    """One candidate of a race."""
+
+    name: str
+    screened: Interval
+    """On few items, which all candidates shared; decides who goes on, and nothing else."""
+    confirmed: Interval | None
+    """On items that had no part in that; None for a candidate that screening ruled out. The intervals hold together
+    (Bonferroni over those confirmed), so that the best of them may be read off."""
+
+
+def race(
+    measures: Sequence[tuple[str, Measure]], margin: Float[np.ndarray, " n"], few: int, many: int, *, seed: int = 0
+) -> list[Raced]:
+    """Screen every candidate on ``few`` items, and confirm on ``many`` others those not shown to be behind the best.
+
+    Larger is better. A candidate is out where its screened mean lies below the best's by more than chance (Holm over
+    the candidates, errors taken to be independent, which is cautious for candidates that change alike). Best first.
+    """
+    screened = [(name, screen(measure, margin, few, seed=seed)) for name, measure in measures]
+    best = max((s.interval for _, s in screened), key=lambda i: i.estimate)
+    behind = [float(special.ndtr(_gap(s.interval, best))) for _, s in screened]
+    out = [p < ALPHA for p in holm(behind)]
+    free = np.ones(len(margin), dtype=np.bool_)
+    for _, s in screened:
+        free[s.items] = False
+    level = 1 - ALPHA / out.count(False)
+    budget = min(many, int(free.sum()))
+    raced = [
+        Raced(
+            name, s.interval,
+            None if gone else screen(measure, margin, budget, seed=seed + 1, free=free, level=level).interval,
+        )
+        for (name, measure), (_, s), gone in zip(measures, screened, out, strict=True)
+    ]  # fmt: skip
+    return sorted(raced, key=lambda r: (r.confirmed is None, -(r.confirmed or r.screened).estimate))
+
+
+def _gap(i: Interval, best: Interval) -> float:
+    error = math.hypot(i.se, best.se)
+    return (i.estimate - best.estimate) / error if error and i is not best else 0.0
+
+
+def _spread(values: Sequence[Float[np.ndarray, ...]], size: Float[np.ndarray, " strata"]) -> Float[np.ndarray, ...]:
+    """Standard deviation within each stratum, mixed with the average of all."""
+    variance = np.array([v.var(ddof=1) if len(v) > 1 else 0.0 for v in values])
+    count = np.array([len(v) for v in values])
+    average = float(size @ variance / size.sum())
+    mixed: Float[np.ndarray, " strata"] = np.sqrt((count * variance + _PRIOR * average) / (count + _PRIOR))
+    return mixed
+
+
+def _allocate(
+    wish: Float[np.ndarray, " strata"], room: Int[np.ndarray, " strata"], pilot: Int[np.ndarray, " strata"], budget: int
+) -> Int[np.ndarray, " strata"]:
+    """Items for each stratum, in proportion to ``wish``, at least the pilot's and at most its room."""
+    wish = wish if wish.any() else np.ones(len(wish))
+    low, high = 0.0, float(room.max() / wish[wish > 0].min())
+    for _ in range(50):
+        scale = (low + high) / 2
+        enough = np.clip(scale * wish, pilot, room).sum() >= budget
+        low, high = (low, scale) if enough else (scale, high)
+    given = np.floor(np.clip(low * wish, pilot, room)).astype(np.int64)
+    while given.sum() < budget:  # what rounding left over, and what strata without any spread must take
+        hungry = np.where(given < room, wish / given, -1.0)
+        given[int(hungry.argmax())] += 1
+    return given

@@ -1,0 +1,144 @@
+"""Conversions are exact or say what they cost; readers see in the files what was meant, and see it when it is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from whole_runs import quantize
+
+from lowbit.errors import CheckpointError, ExportError
+from lowbit.io.check import Found, Reader, check, divergence, layout_of, reference_of
+from lowbit.io.convert import convert
+from lowbit.io.engines import RULES, Files, expected, warnings, will_load
+from lowbit.io.export import export
+from lowbit.io.opening import open_low_bit
+from lowbit.io.readers import READERS
+from lowbit.io.rounding import to_fit
+
+ENGINES = Path(__file__).parents[2] / "docs" / "reference" / "engines.md"
+
+
+def test_one_ecosystem_to_another_is_exact(int4: Path, tmp_path: Path) -> None:
+    native = open_low_bit(int4)
+    convert(native, "compressed-tensors", tmp_path / "ct")
+    done = convert(open_low_bit(tmp_path / "ct"), "awq", tmp_path / "awq")
+    assert done.layout == "awq"
+    for one, other in zip(native.groups(), open_low_bit(tmp_path / "awq").groups(), strict=True):
+        assert all(torch.equal(q.decode(), other.codes[site].decode()) for site, q in one.codes.items())
+    said = json.loads((tmp_path / "awq" / "lowbit.export.json").read_text())["source"]
+    assert (said["origin"], said["path"]) == ("compressed-tensors", "../ct")
+    with pytest.raises(ExportError, match="has no types"):
+        convert(native, "gptq:q4_0", tmp_path / "x")
+
+
+def test_rounding_is_asked_for_and_its_cost_is_what_it_changed(int4: Path, tmp_path: Path) -> None:
+    native = open_low_bit(int4)
+    with pytest.raises(ExportError, match="cannot hold"):
+        convert(native, "bnb", tmp_path / "e")
+    rounded = to_fit(native, "bnb", "int8-row-sym")
+    convert(native, "bnb", tmp_path / "e", rounded=rounded)
+    assert [change.site for change in rounded.changes] == [s for g in native.groups() for s in g.codes]
+    after = {site: q.decode() for g in open_low_bit(tmp_path / "e").groups() for site, q in g.codes.items()}
+    before = {site: q.decode() for g in native.groups() for site, q in g.codes.items()}
+    for change in rounded.changes:
+        error = (after[change.site] - before[change.site]).numpy().astype(np.float64)
+        assert change.largest == pytest.approx(np.abs(error).max())
+        assert change.rms == pytest.approx(np.sqrt((error**2).mean()))
+        assert change.relative == pytest.approx((error**2).sum() / (before[change.site].numpy() ** 2).sum(), rel=1e-4)
+    assert reference_of(tmp_path / "e") is None  # it is not what it was made from
+    assert to_fit(native, "awq").sites == frozenset()  # it fits as it is
+    with pytest.raises(ExportError, match="bnb cannot hold int4-g64"):
+        to_fit(native, "bnb", "int4-g64")
+
+
+def test_readers_confirm_a_good_export_and_expose_a_bad_one(int4: Path, tmp_path: Path) -> None:
+    out = tmp_path / "e"
+    export(open_low_bit(int4), "compressed-tensors", out)
+    assert (layout_of(out), reference_of(out)) == ("compressed-tensors", int4.resolve())
+    broken = Reader("broken", (), frozenset({"compressed-tensors"}), lambda _: 1 / 0)  # type: ignore[arg-type, return-value]
+    absent = Reader("absent", ("no_such_package",), frozenset({"compressed-tensors"}), lambda _: Found())
+    found = {v.reader: v for v in check(out, readers=(*READERS, broken, absent), tokens=32)}
+    package, loaded = found["compressed-tensors"], found["transformers (compressed-tensors)"]
+    assert (package.equal, package.tensors, loaded.equal, loaded.tensors) == (14, 14, 14, 14)
+    assert loaded.kl is not None
+    assert loaded.kl < 1e-5
+    assert (found["lowbit import"].equal, found["lowbit import"].tensors) == (21, 21)
+    assert (found["broken"].status, found["broken"].detail) == ("failed", "ZeroDivisionError: division by zero")
+    assert (found["absent"].status, found["absent"].detail) == ("not installed", "pip install no_such_package")
+    weights = load_file(out / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight_scale"] *= 1.5
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    ours = next(r for r in READERS if r.name == "lowbit import")
+    theirs = next(r for r in READERS if r.name == "compressed-tensors")
+    seen = check(out, readers=(ours, theirs))
+    assert [(v.equal, v.wrong) for v in seen] == [(20, True), (13, True)]
+    assert seen[0].off == pytest.approx(0.5, abs=1e-3)  # scales are float16
+    said = json.loads((out / "lowbit.export.json").read_text())
+    said["source"]["digest"] = "0"
+    (out / "lowbit.export.json").write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match="is not what it was"):
+        check(out, readers=(ours,))
+
+
+def test_divergence_is_that_of_its_definition() -> None:
+    p, q = (torch.randn(5, 7, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    one, other = (np.exp(x.numpy().astype(np.float64)) for x in (p, q))
+    one, other = one / one.sum(1, keepdims=True), other / other.sum(1, keepdims=True)
+    kl, agree = divergence(p, q)
+    assert kl == pytest.approx((one * np.log(one / other)).sum(1).mean())
+    assert agree == pytest.approx((one.argmax(1) == other.argmax(1)).mean())
+
+
+@pytest.mark.parametrize(
+    ("files", "engine", "versions", "answer"),
+    [
+        (Files("gptq", 4, 128), "vLLM", "since #45051 (2026)", "yes"),
+        (Files("gptq", 3, 128), "vLLM", "since #45051 (2026)", "no"),
+        (Files("gptq", 4, 128, symmetric=False), "vLLM", "since #45051 (2026)", "no"),
+        (Files("gptq", 4, 16), "vLLM", "since #45051 (2026)", "no"),
+        (Files("gptq", 3, 128, symmetric=False), "vLLM", "up to 2026-05", "slow"),
+        (Files("gptq-v2", 3, 128, symmetric=False), "vLLM", "up to 2026-05", "no"),
+        (Files("awq", 4, 48), "vLLM", "any", "slow"),
+        (Files("compressed-tensors", 3, 128), "vLLM", "with Humming kernels (#46389)", "yes"),
+        (Files("compressed-tensors", 4, architecture="GPT2LMHeadModel"), "transformers", ">=5, with compressed-tensors",
+         "no"),
+        (Files("gguf", 4, architecture="OPTForCausalLM"), "llama.cpp", "any", "no"),
+    ],
+)  # fmt: skip
+def test_engines_answer_as_their_code_does(files: Files, engine: str, versions: str, answer: str) -> None:
+    found = {(v.engine, v.versions): v.answer for v in will_load(files)}
+    assert found[engine, versions] == answer
+
+
+def test_a_model_is_warned_of_by_its_own_formats(int4: Path) -> None:
+    said = warnings(expected(open_low_bit(int4), "gptq"))
+    assert any(line.startswith("vLLM (since #45051 (2026)) will not load it: GPTQ must be symmetric") for line in said)
+    assert not warnings(expected(open_low_bit(int4), "awq"))
+
+
+def test_the_page_shows_every_rule() -> None:
+    page = ENGINES.read_text(encoding="utf-8")
+    for rule in RULES:
+        assert (
+            f"| {rule.engine} | {rule.versions} | {', '.join(rule.layouts)} | {rule.condition()} | {rule.answer} |"
+            in page
+        )
+
+
+def test_gguf_there_and_back(llama: Path, tmp_path: Path) -> None:
+    quantize(llama, tmp_path / "q", None, "rtn:q8_0")
+    native = open_low_bit(tmp_path / "q")
+    done = convert(native, "gguf", tmp_path / "m.gguf")
+    assert done.nbytes == (tmp_path / "m.gguf").stat().st_size
+    for one, other in zip(native.groups(), open_low_bit(tmp_path / "m.gguf").groups(), strict=True):
+        assert {s: q.spec() for s, q in one.codes.items()} == {s: q.spec() for s, q in other.codes.items()}
+        assert all(torch.equal(q.decode(), other.codes[site].decode()) for site, q in one.codes.items())
+    readers = [r for r in READERS if r.name in ("lowbit import", "gguf")]
+    assert [(v.equal, v.tensors) for v in check(tmp_path / "m.gguf", readers=readers)] == [(21, 21), (14, 14)]
+    with pytest.raises(ExportError, match="exists"):
+        convert(native, "gguf", tmp_path / "m.gguf")

@@ -96,10 +96,10 @@ def rows(model: str, work: Path, only: list[str]) -> Iterator[Row]:
             for verdict in check(out, native):
                 if verdict.reader == "vLLM":
                     continue
+                said = f" ({verdict.detail})" if verdict.detail and verdict.status != "not installed" else ""
                 yield Row(
                     layout, line, f"{done.nbytes / 1e6:.2f} MB", verdict.reader,
-                    "yes" if verdict.status == "opened" else f"{verdict.status}: {verdict.detail}"
-                    if verdict.status == "failed" else verdict.status,
+                    {"opened": "yes"}.get(verdict.status, verdict.status) + said,
                     f"{verdict.equal} of {verdict.tensors}" if verdict.tensors else "–",
                     "–" if verdict.kl is None else f"{verdict.kl:.2g}",
                     "–" if verdict.agree is None else f"{100 * verdict.agree:.1f} %", imported,

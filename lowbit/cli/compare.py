@@ -100,6 +100,7 @@ def _tasks(
     from lowbit.cli.run import run_grids
     from lowbit.evaluation import judge as judging
     from lowbit.evaluation.tasks import registry
+    from lowbit.study import task_table as found_tasks
     from lowbit.study import tasks
     from lowbit.study.grid import short_names
     from lowbit.study.store import Store
@@ -109,11 +110,11 @@ def _tasks(
     spec = {"model": model, "candidates": candidates, "tasks": names}
     failed = run_grids(folder, "compare-tasks", spec, [planned], jobs)
     with Store(folder) as held:
-        found = tasks.table(held, planned)
-        pairs = {v.label: tasks.duels(held, planned, v) for v in planned.versions} if judge else {}
+        found = found_tasks.table(held, planned)
+        pairs = {v.label: found_tasks.duels(held, planned, v) for v in planned.versions} if judge else {}
     judged = {label: judging.judge(duels, judge.ask) for label, duels in pairs.items() if duels}
     if as_json:
-        emit(tasks.to_json(found) | {"judged": {label: asdict(j) for label, j in judged.items()}})
+        emit(found_tasks.to_json(found) | {"judged": {label: asdict(j) for label, j in judged.items()}})
     else:
         task_table.show(found)
         task_table.show_judged(judged)

@@ -40,11 +40,11 @@ class Opened(NamedTuple):
 
 
 def opened(name: str, dtype: str, kernels: str, kv: str | None, memory: str | None, tokens: int) -> Opened:
-    """Load a native checkpoint, or any model, for texts of ``tokens``.
+    """Load a native checkpoint, or any model, for texts of ``tokens``, or as many as it reads if that is less.
 
     Raises RecipeError for options that mean nothing here, ModelError and CheckpointError.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from lowbit.errors import ModelError, RecipeError
     from lowbit.formats.heads import CacheFormat
@@ -62,11 +62,13 @@ def opened(name: str, dtype: str, kernels: str, kv: str | None, memory: str | No
         raise RecipeError("--memory is of low-bit checkpoints", where=name, fix="lowbit quantize it first")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"the tokenizer cannot be read: {error}", where=str(path)) from error
+        raise ModelError(f"its tokenizer or configuration cannot be read: {error}", where=str(path)) from error
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    tokens = tokens if longest is None else min(tokens, longest)
     if native.is_native(path):
         model = load(path, dtype=kind, kernels=kernels, memory=limit, tokens=tokens)
     else:
         model = dense_model(path, dtype)
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return Opened(model, tokenizer, asked or cache_format(model), longest)

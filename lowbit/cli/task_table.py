@@ -10,7 +10,8 @@ from lowbit.cli.columns import print_columns
 from lowbit.evaluation.judge import Judged
 from lowbit.evaluation.task_findings import TaskFinding, p_text
 from lowbit.report import text
-from lowbit.study.tasks import TaskTable, Version
+from lowbit.study.task_table import TaskTable
+from lowbit.study.tasks import Version
 
 _HEADS = ("task", "measure", "n", "clusters", "ref", "cand", "Δ", "95 % CI", "lost/gained/other", "p", "verdict")
 _LEFT = ("task", "measure", "95 % CI", "verdict")

@@ -49,7 +49,7 @@ def _ours_dense(subject: Subject) -> Found:
 
 
 def _transformers(subject: Subject) -> Found:
-    """The whole model as ``AutoModelForCausalLM`` loads it, and its logits: in float32, or the first dtype that runs."""
+    """The whole model as ``AutoModelForCausalLM`` loads it, and its logits: in float32, or the next that runs."""
     own = getattr(torch, str(read_json(subject.path / "config.json").get("dtype")), None)
     dtypes = [torch.float32, *(d for d in (own, torch.bfloat16) if isinstance(d, torch.dtype))]
     for dtype in dict.fromkeys(dtypes):

@@ -1,4 +1,4 @@
-"""Cells of tasks: a model's answers to one task, the reference first; and the table that they make.
+"""Cells of tasks: a model's answers to one task, the reference first.
 
 task    model, records, tokenizer  ->  items.parquet; a candidate's reads the reference's
 """
@@ -14,12 +14,10 @@ from typing import Any
 
 from lowbit import digest
 from lowbit.errors import ModelError, StudyError
-from lowbit.evaluation import lmeval_items, task_findings
+from lowbit.evaluation import lmeval_items
 from lowbit.evaluation.answering import Asked, answer, ask
-from lowbit.evaluation.judge import Duel
 from lowbit.evaluation.metrics.items import Items, ItemsProvenance, read_items, write_items
 from lowbit.evaluation.scorer import Scorer
-from lowbit.evaluation.task_findings import TaskFinding
 from lowbit.evaluation.tasks import long, readers, registry
 from lowbit.evaluation.tasks.registry import Chosen
 from lowbit.evaluation.tokens import Reader, require_same
@@ -30,7 +28,6 @@ from lowbit.runtime import facade
 from lowbit.study import stages
 from lowbit.study.engine import Cell
 from lowbit.study.rows import Member
-from lowbit.study.store import Store
 from lowbit.study.worker import Stage, StageContext
 
 TASK = Stage("task", "lowbit.study.tasks:task", stages.REFERENCE.code)
@@ -82,17 +79,6 @@ class TaskGrid:
     @property
     def members(self) -> list[Member]:
         return [Member(cell.key, f"{self.model}/task") for cell in self.cells]
-
-
-@dataclass(frozen=True)
-class TaskTable:
-    """What the items of a grid say; ``rows`` by candidate. ``notes`` are for people."""
-
-    model: str
-    described: Mapping[str, Any]
-    versions: tuple[Version, ...]
-    rows: Mapping[str, Sequence[TaskFinding]]
-    notes: tuple[str, ...]
 
 
 def of_directories(
@@ -178,52 +164,6 @@ def _kept(
     }  # fmt: skip
 
 
-def table(store: Store, grid: TaskGrid, rule: str = "holm") -> TaskTable:
-    """The paired table of what is done; findings are stored with their cells. Runs no model.
-
-    Raises EvidenceError for evidence that does not pair.
-    """
-    notes = []
-    rows: dict[str, list[TaskFinding]] = {}
-    held = _Evidence(store)
-    for version in grid.versions:
-        found: list[TaskFinding] = []
-        pairs: dict[str, tuple[Items, Items]] = {}
-        for chosen in grid.tasks:
-            name = chosen.task.name
-            base, after = held.get(grid.reference[name]), held.get(version.cells[name])
-            if base is None or after is None:
-                continue
-            after[1].require_comparable(base[1])
-            again = held.get(grid.floor[name]) if name in grid.floor else None
-            pairs[name] = base[0], after[0]
-            for measure in chosen.task.measures:
-                one = task_findings.compare(name, measure, base[0], after[0], None if again is None else again[0])
-                if one is None:
-                    notes.append(f"{name}, {measure.name}: fewer than two clusters of items, not compared")
-                else:
-                    found.append(one)
-        if "advglue" in pairs:
-            whole = (
-                task_findings.drop(pairs["advglue"], pairs["advglue_original"]) if "advglue_original" in pairs else None
-            )
-            if whole is None:
-                notes.append("advglue: without the unchanged records (advglue_original) no adversarial drop")
-            else:
-                found.append(whole)
-        rows[version.label] = found
-    judged = task_findings.adjust(rows, rule)
-    for version in grid.versions:
-        for name, cell in version.cells.items():
-            mine = {f.measure: f.to_json() for f in judged[version.label] if f.task == name}
-            if mine:
-                store.put_findings(cell.key, mine)
-    for name, cell in grid.reference.items():
-        if (output := held.output(cell)) and output["too_long"]:
-            notes.append(f"{name}: {output['too_long']} questions are longer than the model reads and were left out")
-    return TaskTable(grid.model, grid.described, grid.versions, judged, tuple(dict.fromkeys(notes)))
-
-
 def _spec(chosen: Chosen, data: Path | None) -> dict[str, Any]:
     """A task as parameters: its name and schema, its files and their digests."""
     found: dict[str, Any] = {"task": chosen.task.name, "schema": chosen.task.schema.name}
@@ -281,54 +221,3 @@ def _require_same_tokenizer(reference: Any, path: Path) -> None:
     except (OSError, ValueError) as error:
         raise ModelError(f"the tokenizer cannot be read: {error}", where=str(path)) from error
     require_same(reference, own)
-
-
-class _Evidence:
-    """Items by cell, each read once."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._read: dict[str, tuple[Items, ItemsProvenance] | None] = {}
-
-    def output(self, cell: Cell) -> Mapping[str, Any] | None:
-        row = self._store.lookup([cell.key]).get(cell.key)
-        return row.output if row is not None and row.status == "done" else None
-
-    def get(self, cell: Cell) -> tuple[Items, ItemsProvenance] | None:
-        if cell.key not in self._read:
-            done = self.output(cell) is not None
-            self._read[cell.key] = read_items(self._store.evidence_folder(cell.key)) if done else None
-        return self._read[cell.key]
-
-
-def to_json(found: TaskTable) -> dict[str, Any]:
-    """The table as plain values."""
-    return {
-        "model": found.model, "reference": dict(found.described),
-        "candidates": [
-            {"label": v.label, **v.described, "findings": [f.to_json() for f in found.rows[v.label]]}
-            for v in found.versions
-        ],
-        "notes": list(found.notes),
-    }  # fmt: skip
-
-
-def duels(store: Store, grid: TaskGrid, version: Version) -> list[Duel]:
-    """Pairs of answers of the dialogues that are done, with the conversations that they answer."""
-    held, found = _Evidence(store), []
-    for chosen in grid.tasks:
-        name = chosen.task.name
-        base, after = held.get(grid.reference[name]), held.get(version.cells[name])
-        if chosen.task.kind != "dialogue" or chosen.file is None or base is None or after is None:
-            continue
-        base[0].require_paired(after[0])
-        turns = {r.value["id"]: r.value["turns"] for r in readers.read(chosen.file, chosen.task.schema)}
-        for i, (item, said) in enumerate(zip(base[0].id, base[0].text, strict=True)):
-            question, _, turn = str(item).rpartition("/")
-            lines: list[str] = []
-            for t in range(int(turn)):
-                lines.append(f"User: {turns[question][t]}")
-                if t + 1 < int(turn):  # the earlier answers that both were shown
-                    lines.append(f"Assistant: {base[0].text[i - int(turn) + 1 + t]}")
-            found.append(Duel("\n".join(lines), str(said), str(after[0].text[i]), int(base[0].cluster[i])))
-    return found

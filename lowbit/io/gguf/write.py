@@ -67,10 +67,14 @@ def write(model: LowBit, out: Path, kind: str | None = None) -> list[str]:
             model.companions(Path(companions))
             warnings += write_tokenizer(writer, Path(companions), model.source.config.vocab_size)
             written: Counter[str] = Counter()
+            missing = {place.name for places in names.places.values() for place in places}
             for group in model.groups():
                 for name, rows, shape in _tensors(group, names, kind):
                     _add(writer, name, rows, shape)
                     written[rows.kind] += rows.data.numel()
+                    missing.discard(name)
+            if missing:
+                raise ExportError(f"has no {min(missing)}", where=str(model.path), why="llama.cpp would not load it")
             if head.rope_factors is not None:
                 _add(writer, "rope_freqs.weight", _numbers(head.rope_factors), ())
             most = written.most_common(1)[0][0]

@@ -23,13 +23,18 @@ class Answered(NamedTuple):
     digest: str
 
 
-def answers(scorer: Scorer, reader: Reader, name: str, include: Path | None, limit: int | None) -> Answered:
+def answers(
+    scorer: Scorer, reader: Reader, name: str, include: Path | None, limit: int | None, allow_code: bool = False
+) -> Answered:
     """Run a task (or a group: its tasks' items follow each other, with the task as their group).
 
-    ``include`` is a folder of task files; lm-eval itself runs Python functions that they name, so take only your own.
-    A task's first metric with a value from 0 to 1 is the score. Raises MissingExtra without lm-eval, and EvidenceError
-    for a task that it does not know, or one without such a metric.
+    ``include`` is a folder of task files. lm-eval runs the Python that they name, in this process: without
+    ``allow_code`` a folder with such a file is refused. A task's first metric with a value from 0 to 1 is the score.
+    Raises MissingExtra without lm-eval, and EvidenceError for a task that it does not know, or one without such a
+    metric.
     """
+    if include is not None and not allow_code:
+        _require_data(include)
     try:
         found = lmeval.evaluate(scorer, reader.tokenizer, [name], include, limit)
     except (KeyError, ValueError, FileNotFoundError, ConnectionError) as error:
@@ -48,6 +53,20 @@ def answers(scorer: Scorer, reader: Reader, name: str, include: Path | None, lim
     return Answered(
         items, digest.of_value([name, *zip(items.doc_hash.tolist(), items.prompt_hash.tolist(), strict=True)])
     )
+
+
+def _require_data(folder: Path) -> None:
+    """Raises EvidenceError for task files that would make lm-eval run Python."""
+    for path in sorted(folder.rglob("*.y*ml")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if found := next((mark for mark in _RUNS if mark in text), None):
+            raise EvidenceError(
+                f"names Python to run ({found})", where=str(path), why="lm-eval would run it in this process, unguarded",
+                fix="--allow-code if it is yours, or a folder without it",
+            )  # fmt: skip
+
+
+_RUNS = ("!function", "custom_dataset", "class:", "unsafe_code", "trust_remote_code")
 
 
 def _row(task: str, kind: str, sample: Mapping[str, Any], reader: Reader) -> dict[str, Any]:

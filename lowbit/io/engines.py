@@ -163,6 +163,10 @@ RULES: tuple[Rule, ...] = (
     Rule("vLLM", _NEW, ("gptq-v2",), "no", _V1, "vllm #26343", symmetric=False),
     Rule("vLLM", _NEW, _GPTQ, "no", "2- and 3-bit GPTQ was dropped", "vllm #45051", bits=(2, 3)),
     Rule("vLLM", _NEW, _GPTQ, "no", "GPTQ must be symmetric with 4 or 8 bits", "vllm auto_gptq.py", symmetric=False),
+    Rule(
+        "vLLM", _NEW, _GPTQ, "no", "act-order with groups is refused", "vllm 0.33 auto_gptq.py", groups=(32, 64, 128),
+        act_order=True,
+    ),
     Rule("vLLM", _NEW, _GPTQ, "yes", "Marlin kernels", "vllm auto_gptq.py", bits=(4, 8), groups=_MARLIN),
     Rule("vLLM", _NEW, _GPTQ, "no", "groups must be of 32, 64 or 128 inputs, or a row", "vllm auto_gptq.py"),
     Rule("vLLM", _OLD, ("gptq-v2",), "no", _V1, "vllm #26343", symmetric=False),
@@ -198,6 +202,11 @@ RULES: tuple[Rule, ...] = (
     Rule("vLLM", "since #39612", ("gguf",), "no", "needs the vllm-gguf-plugin", "vllm #39612"),
     Rule("vLLM", "any", ("bf16", "fp16", "fp32"), "yes", "plain weights", "vllm"),
     # transformers
+    Rule(
+        "transformers", ">=5, with gptqmodel and optimum", ("gptq",), "no",
+        "GPTQModel takes asymmetric v1 files from itself alone; gptq-v2 it reads", "gptqmodel 7.7 loader",
+        symmetric=False,
+    ),
     Rule("transformers", ">=5, with gptqmodel and optimum", _GPTQ, "yes", "GPTQModel's kernels", "quantizer_gptq.py"),
     Rule(
         "transformers", ">=5, with gptqmodel", ("awq",), "yes", "GPTQModel's kernels", "quantizer_awq.py", bits=(4,)

@@ -160,8 +160,10 @@ def site_bytes(name: str, shape: tuple[int, int], fmt: Format) -> int:
 
 def _tree(fmt: Format) -> tuple[int, int]:
     """Nodes and stored tensors of a linear in this format."""
-    parts = 1 + (isinstance(fmt.grid, IntGrid) and not fmt.grid.symmetric)
-    if fmt.scale is None:
-        return 1, parts
-    nodes, more = (1, 1) if isinstance(fmt.scale, Stored) else _tree(fmt.scale)
-    return 1 + nodes + 2 * fmt.centred, parts + more + fmt.centred  # centred: a sum, with the mean
+    zeros = isinstance(fmt.grid, IntGrid) and not fmt.grid.symmetric and fmt.offset is None
+    nodes, parts = 1 + 2 * fmt.centred, 1 + zeros + fmt.centred  # centred: a sum, with the mean
+    for held in (fmt.scale, fmt.offset):
+        if held is not None:
+            inner = (1, 1) if isinstance(held, Stored) else _tree(held)
+            nodes, parts = nodes + inner[0], parts + inner[1]
+    return nodes, parts

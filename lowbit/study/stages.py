@@ -179,9 +179,10 @@ def attribute(context: StageContext) -> Mapping[str, Any]:
     """KL of each block alone, on a few short windows."""
     source = _source(context.params)
     manifest = native.verify(context.input_checkpoint(0), contents=False)
-    if Recipe.model_validate(manifest["recipe"]).transforms:
+    recipe = Recipe.model_validate(manifest["recipe"])
+    if any(step.method == "imported" for step in recipe.step) or recipe.transforms:
         raise StudyError(
-            "blocks of a transformed model do not fit between those of the original", where="attribute",
+            "blocks of a transformed or imported model need not fit between those of the original", where="attribute",
             fix="attribute recipes without transforms",
         )  # fmt: skip
     held: dict[str, dict[str, QTensor]] = {block: {} for block in source.blocks}

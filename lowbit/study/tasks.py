@@ -136,7 +136,7 @@ def task(context: StageContext) -> Mapping[str, Any]:
     if params["task"].startswith(registry.LM_EVAL):
         include = None if params["data"] is None else Path(params["data"])
         name = params["task"].removeprefix(registry.LM_EVAL)
-        found = lmeval_items.answers(scorer, reader, name, include, params["limit"])
+        found = lmeval_items.answers(scorer, reader, name, include, params["limit"], params["allow_code"])
         return _kept(context, found.items, found.digest, reader, scorer.identity, reference, 0)
     asked = _asked(params, reader, longest)
     done = 0

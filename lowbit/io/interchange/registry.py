@@ -45,6 +45,6 @@ def of_config(config: Mapping[str, Any], where: str) -> Layout:
             fix=nearest(str(method), _METHODS),
         )  # fmt: skip
     name = _METHODS[method]
-    if name == "gptq" and config.get("checkpoint_format") == "gptq_v2":
+    if name == "gptq" and (config.get("checkpoint_format") or config.get("format")) == "gptq_v2":
         name = "gptq-v2"
     return layout(name).of_config(config)

@@ -8,7 +8,10 @@ import sys
 import pytest
 from ran import Run
 
-COMMANDS = ["inspect", "plan", "quantize", "compare", "generate", "doctor", "study run", "study show", "study report"]
+COMMANDS = [
+    "inspect", "plan", "quantize", "compare", "advise", "export", "import", "convert", "check", "generate", "chat", "serve",
+    "doctor", "study run", "study show", "study report", "catalog add", "catalog compare",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], ["study", "run", "--help"]])

@@ -92,7 +92,10 @@ def rows(model: str, work: Path, only: list[str]) -> Iterator[Row]:
                 yield Row(layout, line, "refused", "", error.what, "", "", "", "")
                 continue
             print(f"{source.name} {layout} {line}: {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
-            imported = "" if layout in DENSE else parts_equal(open_low_bit(native), open_low_bit(out))
+            try:
+                imported = "" if layout in DENSE else parts_equal(open_low_bit(native), open_low_bit(out))
+            except LowbitError as error:
+                imported = f"refused ({error.what})"
             for verdict in check(out, native):
                 if verdict.reader == "vLLM":
                     continue

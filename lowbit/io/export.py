@@ -38,6 +38,7 @@ from lowbit.models.store import INDEX, SINGLE
 
 PROVENANCE = "lowbit.export.json"
 SHARD = 4 << 30
+_NARROW = "scales are float16 and the model is bfloat16: an engine that computes in bfloat16 rounds them to 8 bits"
 _SHOWN = 3
 
 
@@ -78,11 +79,12 @@ def export(
             shards.add(_tensors(model, names, layout, replace(group, dense={**group.dense, **held})))
             on_progress(done + 1, len(model.source.blocks) + 1)
         nbytes = shards.finish()
+        notes = layout.notes() + ((_NARROW,) if shards.dtype == "bfloat16" and shards.half_scales else ())
         for name, value in layout.files().items():
             write_json(folder / name, value)
-        write_json(folder / PROVENANCE, provenance(model, layout.name, layout.notes(), out))
+        write_json(folder / PROVENANCE, provenance(model, layout.name, notes, out))
         write_json(folder / "config.json", _config(biases.config, layout, shards.dtype))
-    return Exported(out, layout.name, nbytes, len(model.specs), layout.notes())
+    return Exported(out, layout.name, nbytes, len(model.specs), notes)
 
 
 def planned(model: LowBit, names: HubNames, cls: LayoutClass) -> Layout:
@@ -204,6 +206,7 @@ class _Shards:
         self._size, self._total = 0, 0
         self._written: list[list[str]] = []
         self._dtypes: Counter[str] = Counter()
+        self.half_scales = False
 
     @property
     def dtype(self) -> str:
@@ -220,6 +223,7 @@ class _Shards:
             self._size, self._total = self._size + size, self._total + size
             if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32) and name.endswith("weight"):
                 self._dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+            self.half_scales |= tensor.dtype == torch.float16 and name.endswith(("scales", "weight_scale"))
 
     def finish(self) -> int:
         """Write what is left, give the files their names, and the index; the bytes of all."""

@@ -83,10 +83,13 @@ def stack_rows(parts: Sequence[QTensor]) -> QTensor:
     alike = [part for part in parts if isinstance(part, Affine | Lookup)]
     if len(alike) < len(parts) or len({(str(p.block), p.codes.levels, p.shape[1]) for p in alike}) > 1:
         raise FormatError("matrices of these formats cannot be stacked", where=type(first).__name__)
-    block = alike[0].block
-    changed: dict[str, Any] = {name: _stacked(alike, name) for name in _PER_BLOCK if hasattr(first, name)}
-    if not block.follows_rows and any(value is not None for value in changed.values()):
-        raise FormatError("blocks reach over several rows", where=str(block))
+    block, names = alike[0].block, [name for name in _PER_BLOCK if hasattr(first, name)]
+    if block == Block("tensor"):
+        changed: dict[str, Any] = {name: _shared(alike, name) for name in names}
+    else:
+        changed = {name: _stacked(alike, name) for name in names}
+        if not block.follows_rows and any(value is not None for value in changed.values()):
+            raise FormatError("blocks reach over several rows", where=str(block))
     codes = dataclasses.replace(alike[0].codes, data=torch.cat([p.codes.data for p in alike]))
     return dataclasses.replace(alike[0], shape=shape, codes=codes, **changed)
 
@@ -101,6 +104,18 @@ def _per_block(q: Affine | Lookup, value: QTensor | Codes | None, rows: slice) -
         return take_rows(value, rows)
     zeros = value.unpack().view(q.block.count(q.shape))[rows]
     return Codes.of(zeros.reshape(1, -1), value.levels)
+
+
+def _shared(parts: Sequence[Affine | Lookup], name: str) -> QTensor | Codes | None:
+    """The one scale or zero that all of them have; raises FormatError where each has its own."""
+    values = [getattr(part, name) for part in parts]
+    if all(value is None for value in values):
+        return None
+    numbers = [v.decode() if isinstance(v, QTensor) else v.unpack() for v in values if v is not None]
+    if len(numbers) < len(values) or not all(torch.equal(n, numbers[0]) for n in numbers):
+        raise FormatError(f"each has a {name} of its own for all its rows", where="tensor")
+    first: QTensor | Codes = values[0]
+    return first
 
 
 def _stacked(parts: Sequence[Affine | Lookup], name: str) -> QTensor | Codes | None:

@@ -225,6 +225,10 @@ function agreement(turn) {
     whole ? "" : " One answer was not finished: the rest is not compared.");
 }
 
+function agreeing(count) {
+  return count === 0 ? "No token agrees" : count === 1 ? "The first token agrees" : `The first ${count} tokens agree`;
+}
+
 function difference(turn, where) {
   const sentence = make("p");
   if (where.at === undefined) {
@@ -232,7 +236,7 @@ function difference(turn, where) {
     return [sentence];
   }
   const [a, b] = turn.answers.map(answer => answer.tokens[where.at]);
-  sentence.append(make("b", "", `The first ${where.at} tokens agree; token ${where.at + 1} differs.`), " ");
+  sentence.append(make("b", "", `${agreeing(where.at)}; token ${where.at + 1} differs.`), " ");
   if (where.ended) {
     const short = turn.answers.indexOf(where.ended);
     sentence.append(named(short), " ended its answer there, ", named(1 - short), " went on with ", quoted((a ?? b).text), ".");

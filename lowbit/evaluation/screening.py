@@ -9,6 +9,7 @@ variance was 2.2, 1.6 and 0.9 times smaller than that of as many random items.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -94,13 +95,12 @@ def race(
 ) -> list[Raced]:
     """Screen every candidate on ``few`` items, and confirm on ``many`` others those not shown to be behind the best.
 
-    Larger is better. A candidate is out where its screened mean lies below the best's by more than chance (Holm over
-    the candidates, errors taken to be independent, which is cautious for candidates that change alike). Best first.
+    Larger is better. A candidate is out where its screened mean lies below the best's by more than chance: Holm over
+    all pairs, since which of them looks best is chance as well (errors taken to be independent, which is cautious for
+    candidates that change alike). Best first.
     """
     screened = [(name, screen(measure, margin, few, seed=seed)) for name, measure in measures]
-    best = max((s.interval for _, s in screened), key=lambda i: i.estimate)
-    behind = [float(special.ndtr(_gap(s.interval, best))) for _, s in screened]
-    out = [p < ALPHA for p in holm(behind)]
+    out = _behind([s.interval for _, s in screened])
     free = np.ones(len(margin), dtype=np.bool_)
     for _, s in screened:
         free[s.items] = False
@@ -116,9 +116,18 @@ def race(
     return sorted(raced, key=lambda r: (r.confirmed is None, -(r.confirmed or r.screened).estimate))
 
 
-def _gap(i: Interval, best: Interval) -> float:
-    error = math.hypot(i.se, best.se)
-    return (i.estimate - best.estimate) / error if error and i is not best else 0.0
+def _behind(means: Sequence[Interval]) -> list[bool]:
+    """Which means lie below another by more than chance, all pairs tested in both directions at once.
+
+    Of a pair the larger error stands for both: where changes are rare and losses, a sample that met few of them has
+    by the same luck a high mean and a small error.
+    """
+    pairs = list(itertools.combinations(range(len(means)), 2))
+    gaps = [means[a].estimate - means[b].estimate for a, b in pairs]
+    errors = [math.sqrt(2) * max(means[a].se, means[b].se) for a, b in pairs]
+    p = holm([2 * float(special.ndtr(-abs(g) / e)) if e else float(g == 0) for g, e in zip(gaps, errors, strict=True)])
+    lower = {(a if gap < 0 else b) for (a, b), gap, q in zip(pairs, gaps, p, strict=True) if q < ALPHA}
+    return [i in lower for i in range(len(means))]
 
 
 def _spread(values: Sequence[Float[np.ndarray, ...]], size: Float[np.ndarray, " strata"]) -> Float[np.ndarray, ...]:

@@ -106,6 +106,11 @@ def advise(options: Sequence[Option], constraint: Constraint, prefer: Prefer | N
     front = _front(options)
     if not left:
         return Advice(None, _nearest(options, constraint), front, tuple(ruled))
+    if wanted == "speed" and all(o.rate is None for o in left):
+        raise StudyError(
+            "no speed is known of the versions that meet the constraint", where="--prefer speed",
+            fix="--bandwidth, from which speeds are predicted, or another preference",
+        )  # fmt: skip
     choice = min(left, key=lambda o: _order(o, wanted))
     ruled += [Ruled(o, _second(o, choice, wanted)) for o in left if o is not choice]
     return Advice(choice, _reason(choice, left, wanted, constraint), front, tuple(ruled))
@@ -206,7 +211,9 @@ def _second(option: Option, choice: Option, prefer: Prefer) -> str:
         return f"meets the constraint, may lose more than {choice.label}: {option.percent}"
     if prefer == "size":
         return f"meets the constraint, takes {size(option.need - choice.need)} more"
-    return f"meets the constraint, is slower than {choice.label}"
+    if option.rate is None:
+        return "meets the constraint, its speed is not known"
+    return f"meets the constraint, is {'as fast as' if option.rate == choice.rate else 'slower than'} {choice.label}"
 
 
 def _nearest(options: Sequence[Option], constraint: Constraint) -> str:

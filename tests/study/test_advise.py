@@ -83,6 +83,8 @@ def test_reasons_name_what_was_in_the_way() -> None:
     assert "the best that fits is bad" in tight.reason
     assert "smallest shown to lose so little is mid" in tight.reason
     assert advise.advise(table, Constraint(min_rate=1.0)).choice is None
+    with pytest.raises(StudyError, match="no speed is known"):
+        advise.advise(table, Constraint(), "speed")
     with pytest.raises(StudyError, match="nothing was measured"):
         advise.advise([], Constraint())
 

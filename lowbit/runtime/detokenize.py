@@ -74,6 +74,10 @@ class Stops:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The longest end of ``text`` that begins ``stop``."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+    """The length of the longest end of ``text`` that begins ``stop`` and is not all of it."""
+    at = max(0, len(text) - len(stop) + 1)
+    while (at := text.find(stop[0], at)) >= 0:
+        if stop.startswith(text[at:]):
+            return len(text) - at
+        at += 1
+    return 0

@@ -11,7 +11,7 @@ passed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         self.seen = 0
-        self._stores = [_Store(head_format(f), self.kv, self.mirror) for f in (self.kv.key, self.kv.value)]
+        self.stores = [Store(head_format(f), self.kv, self.mirror) for f in (self.kv.key, self.kv.value)]
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -95,10 +95,10 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         visible, _ = self.get_mask_sizes(key_states.shape[-2])
         self.seen += key_states.shape[-2]
-        written = zip(self._stores, (key_states, value_states), strict=True)
+        written = zip(self.stores, (key_states, value_states), strict=True)
         keys, values = (store.append(new)[:, :, -visible:] for store, new in written)
         if self.sliding_window is not None:
-            for store in self._stores:
+            for store in self.stores:
                 store.forget(self.sliding_window - 1)
         return keys, values
 
@@ -129,33 +129,45 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def parts(self) -> Iterator[Tensor]:
         """Every stored tensor."""
-        for store in self._stores:
+        for store in self.stores:
             yield from store.parts()
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> None:
-        for store in self._stores:
+        for store in self.stores:
             store.map(f)
 
 
-class _Store:
+class Store:
     """The keys, or the values, of one layer, oldest first: raw sink, packed tokens, raw tail."""
 
     def __init__(self, fmt: HeadFormat | None, kv: CacheFormat, mirror: bool) -> None:
         self.fmt, self.window, self.mirror = fmt, kv.window, mirror
-        self._to_sink = kv.sink  # how many tokens are still to come
+        self.to_sink = kv.sink  # how many tokens are still to come
         self.sink: Tensor | None = None
         self.packed: Packed | None = None
         self.decoded: Tensor | None = None
         self.tail: Tensor | None = None
 
+    @classmethod
+    def raw(cls, tokens: Seen) -> Store:
+        """A store that keeps these as they are."""
+        store = cls(None, CacheFormat("raw", "raw"), mirror=False)
+        store.sink, store.tail = tokens[:, :, :0], tokens
+        return store
+
     def append(self, new: New) -> Seen:
         """Write tokens; returns everything that is stored, decoded."""
+        self.write(new)
+        return self.around(self._middle(new))
+
+    def write(self, new: New) -> None:
+        """Write tokens, packing what is ready."""
         if self.sink is None or self.tail is None:
             if self.fmt is not None:
                 self.fmt.check(new.shape[-1])
             self.sink = self.tail = new[:, :, :0]
-        first = new[:, :, : self._to_sink]
-        self._to_sink -= first.shape[2]
+        first = new[:, :, : self.to_sink]
+        self.to_sink -= first.shape[2]
         self.sink = torch.cat([self.sink, first], dim=2)
         self.tail = torch.cat([self.tail, new[:, :, first.shape[2] :]], dim=2)
         if self.fmt is not None:
@@ -163,13 +175,18 @@ class _Store:
             if ready:
                 self._pack(self.fmt, self.tail[:, :, :ready])
                 self.tail = self.tail[:, :, ready:].clone()  # a view would hold what was packed
-        return torch.cat([self.sink, *self._middle(new), self.tail], dim=2)
+
+    def around(self, middle: list[Float[Tensor, "batch heads packed d"]]) -> Seen:
+        """Everything in its order; ``middle`` is what is packed, decoded."""
+        assert self.sink is not None  # something was written
+        assert self.tail is not None
+        return torch.cat([self.sink, *middle, self.tail], dim=2)
 
     def forget(self, keep: int) -> None:
         """Drop the oldest tokens beyond ``keep``; a group goes once all of it can."""
         assert self.sink is not None  # something was written
         assert self.tail is not None
-        packed = self._packed_tokens()
+        packed = self.packed_tokens()
         extra = self.sink.shape[2] + packed + self.tail.shape[2] - keep
         if extra <= 0:
             return
@@ -198,14 +215,15 @@ class _Store:
         if self.mirror:
             plain = fmt.decode(new, tokens.shape[-1], tokens.dtype)
             self.decoded = plain if self.decoded is None else torch.cat([self.decoded, plain], dim=2)
-        self.packed = new if self.packed is None else _joined(self.packed, new)
+        self.packed = new if self.packed is None else joined([self.packed, new])
 
     def _middle(self, like: New) -> list[Seen]:
         if self.packed is None or self.fmt is None:
             return []
         return [self.decoded if self.decoded is not None else self.fmt.decode(self.packed, like.shape[-1], like.dtype)]
 
-    def _packed_tokens(self) -> int:
+    def packed_tokens(self) -> int:
+        """How many tokens are packed."""
         if self.packed is None or self.fmt is None or self.tail is None:
             return 0
         rows = self.packed.codes.shape[2]
@@ -216,6 +234,10 @@ def _each(packed: Packed, f: Callable[[Tensor], Tensor]) -> Packed:
     return Packed(f(packed.codes), f(packed.scale), None if packed.zero is None else f(packed.zero))
 
 
-def _joined(a: Packed, b: Packed) -> Packed:
-    zero = None if a.zero is None or b.zero is None else torch.cat([a.zero, b.zero], dim=2)
-    return Packed(torch.cat([a.codes, b.codes], dim=2), torch.cat([a.scale, b.scale], dim=2), zero)
+def joined(parts: Sequence[Packed]) -> Packed:
+    """The rows of one after those of the other; all of one format."""
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return Packed(
+        torch.cat([part.codes for part in parts], dim=2), torch.cat([part.scale for part in parts], dim=2),
+        torch.cat(zeros, dim=2) if zeros else None,
+    )  # fmt: skip

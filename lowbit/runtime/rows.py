@@ -12,7 +12,6 @@ batches of unlike length, whatever their positions are (rotary, learned, ALiBi, 
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,8 +20,9 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from lowbit.arrays import Float, Tensor
-from lowbit.formats.heads import CacheFormat
-from lowbit.runtime.kvcache import KVCache, KVLayer
+from lowbit.formats.heads import CacheFormat, head_format
+from lowbit.runtime.kvcache import KVCache, KVLayer, Store
+from lowbit.runtime.row_stores import row_store
 
 One = Float[Tensor, "rows heads one d"]
 _IN_FULL = CacheFormat("raw", "raw")
@@ -37,16 +37,14 @@ def own_cache(config: PreTrainedConfig, kv: CacheFormat | None) -> Cache:
 class Rows(Cache):  # type: ignore[misc]
     """Raises ModelError for a model with layers that cache anything but keys and values.
 
-    Memory: with a KV format, what the rows have packed; without, rows x the longest of them (:attr:`nbytes`).
+    Memory: rows x the longest of them, packed where there is a KV format (:attr:`nbytes`).
     """
 
     def __init__(self, config: PreTrainedConfig, kv: CacheFormat | None) -> None:
         self.lengths: list[int] = []  # tokens that every row has seen; one list for all layers
-        kind = _Packed if kv is not None else _Raw
-        like = KVCache(config, kv or _IN_FULL).layers
-        self._held: list[_Layer] = [
-            kind(self.lengths, layer.sliding_window) for layer in like if isinstance(layer, KVLayer)
-        ]
+        fmt = kv or _IN_FULL
+        like = KVCache(config, fmt).layers
+        self._held = [_Layer(fmt, self.lengths, layer.sliding_window) for layer in like if isinstance(layer, KVLayer)]
         super().__init__(layers=[*self._held])
 
     def join(self, cache: Cache, length: int) -> None:
@@ -116,25 +114,33 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, lengths: list[int], window: int | None) -> None:
+    def __init__(self, kv: CacheFormat, lengths: list[int], window: int | None) -> None:
         super().__init__()
         self.lengths, self.window, self.is_sliding = lengths, window, window is not None
+        self.stores = [row_store(head_format(name), kv, lengths, window) for name in (kv.key, kv.value)]
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Rows bring their own."""
 
-    @abstractmethod
     def join(self, layer: Any) -> None:
         """Take a request's own layer; its length is the last of ``lengths``."""
+        for rows, store in zip(self.stores, _stores(layer), strict=True):
+            rows.join(store, self.kept())
 
-    @abstractmethod
     def leave(self, row: int) -> None:
         """Let the last row take this one's place."""
+        for rows in self.stores:
+            rows.leave(row)
 
-    @abstractmethod
+    def update(self, key_states: One, value_states: One, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        keys, values = self.stores
+        return keys.update(key_states, self.kept() + 1), values.update(value_states, self.kept() + 1)
+
     def parts(self) -> Iterator[Tensor]:
         """Every tensor that is held."""
+        for rows in self.stores:
+            yield from rows.parts()
 
     def kept(self) -> int:
         """Tokens of the longest row that the next one may attend to."""
@@ -151,93 +157,10 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         return -1 if self.window is None else self.window
 
 
-class _Packed(_Layer):
-    """Rows that keep their own low-bit layers: each is decoded and put beside the others at every token."""
-
-    def __init__(self, lengths: list[int], window: int | None) -> None:
-        super().__init__(lengths, window)
-        self.rows: list[KVLayer] = []
-
-    def join(self, layer: KVLayer) -> None:
-        self.rows.append(layer)
-
-    def leave(self, row: int) -> None:
-        self.rows[row] = self.rows[-1]
-        self.rows.pop()
-
-    def update(self, key_states: One, value_states: One, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        width = self.kept() + 1
-        news = zip(self.rows, key_states.split(1), value_states.split(1), strict=True)
-        seen = [row.update(key, value) for row, key, value in news]
-        return _beside([keys for keys, _ in seen], width), _beside([values for _, values in seen], width)
-
-    def parts(self) -> Iterator[Tensor]:
-        for row in self.rows:
-            yield from row.parts()
-
-
-class _Raw(_Layer):
-    """Rows in one buffer, all ending at column ``end``: a new token is one column, and attention reads a view."""
-
-    def __init__(self, lengths: list[int], window: int | None) -> None:
-        super().__init__(lengths, window)
-        self.end = 0
-        self.buffers: tuple[Tensor, Tensor] | None = None  # keys, values: (room for rows, heads, room for columns, d)
-
-    def join(self, layer: CacheLayerMixin) -> None:
-        row, (keys, values) = len(self.lengths) - 1, (layer.keys, layer.values)
-        assert keys is not None  # a prompt was read
-        assert values is not None
-        new = int(keys.shape[2])
-        if self.buffers is None or row == self.buffers[0].shape[0] or new > self.end:
-            self._make_room(max(4, 2 * row) if row else 1, max(new, self.kept()), (keys, values))
-        assert self.buffers is not None
-        for buffer, part in zip(self.buffers, (keys, values), strict=True):
-            buffer[row, :, : self.end - new] = 0  # of another request, perhaps not finite
-            buffer[row, :, self.end - new : self.end] = part[0]
-
-    def leave(self, row: int) -> None:
-        assert self.buffers is not None  # there is a row
-        last = len(self.lengths) - 1
-        for buffer in self.buffers:
-            if row != last:
-                buffer[row] = buffer[last]
-        if last == 0:
-            self.buffers, self.end = None, 0
-
-    def update(self, key_states: One, value_states: One, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        assert self.buffers is not None
-        rows, width = len(self.lengths), self.kept() + 1
-        if self.end == self.buffers[0].shape[2]:
-            self._make_room(self.buffers[0].shape[0], width - 1, self.buffers)
-        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:rows, :, self.end] = new[:, :, 0]
-        self.end += 1
-        keys, values = (buffer[:rows, :, self.end - width : self.end] for buffer in self.buffers)
-        return keys, values
-
-    def _make_room(self, rows: int, end: int, like: tuple[Tensor, Tensor]) -> None:
-        """New buffers whose rows end at ``end``, with columns to grow by a quarter; what no row sees is left behind."""
-        old, columns = self.buffers, end + max(32, end // 4)
-        made = []
-        for i, part in enumerate(like):
-            buffer = part.new_zeros(rows, part.shape[1], columns, part.shape[3])
-            if old is not None:
-                held, width = min(old[i].shape[0], rows), min(self.end, end)
-                buffer[:held, :, end - width : end] = old[i][:held, :, self.end - width : self.end]
-            made.append(buffer)
-        self.buffers, self.end = (made[0], made[1]), end
-
-    def parts(self) -> Iterator[Tensor]:
-        yield from self.buffers or ()
-
-
-def _beside(parts: list[Tensor], width: int) -> Float[Tensor, "rows heads width d"]:
-    """Rows of unlike length, padded with zeros on the left; a row alone is not copied."""
-    if len(parts) == 1:
-        return parts[0]
-    first = parts[0]
-    out = first.new_zeros(len(parts), first.shape[1], width, first.shape[3])
-    for row, part in zip(out, parts, strict=True):
-        row[:, width - part.shape[2] :] = part[0]
-    return out
+def _stores(layer: CacheLayerMixin) -> list[Store]:
+    """The keys and the values of a request's own layer."""
+    if isinstance(layer, KVLayer):
+        return layer.stores
+    assert layer.keys is not None  # a prompt was read
+    assert layer.values is not None
+    return [Store.raw(layer.keys), Store.raw(layer.values)]

@@ -70,6 +70,9 @@ class Sampler:
         self._generator = torch.Generator().manual_seed(seed % 2**63)
         self._read = torch.tensor(sorted(set(prompt)), dtype=torch.long) if how.repetition_penalty != 1 else None
         self._written: dict[int, int] = {}
+        self._biased = torch.tensor([token for token, _ in how.logit_bias], dtype=torch.long)
+        self._bias = torch.tensor([bias for _, bias in how.logit_bias], dtype=torch.float32)
+        self._largest = max((token for token, _ in how.logit_bias), default=-1)
 
     def draw(self, logits: Float[Tensor, "vocab"]) -> int:
         """The next token. Raises ModelError when there is no largest logit. Cost a few passes over the vocabulary."""
@@ -87,10 +90,9 @@ class Sampler:
     def adjusted(self, logits: Float[Tensor, "vocab"]) -> Float[Tensor, "vocab"]:
         """Logits in float32 after bias and penalties."""
         how, scores = self.how, logits.detach().to("cpu", torch.float32, copy=True)
-        for token, bias in how.logit_bias:
-            if token >= len(scores):
-                raise RecipeError(f"logit_bias names token {token} of {len(scores)}", where="sampling")
-            scores[token] += bias
+        if self._largest >= len(scores):
+            raise RecipeError(f"logit_bias names token {self._largest} of {len(scores)}", where="sampling")
+        scores.index_add_(0, self._biased, self._bias)
         written = torch.tensor(list(self._written), dtype=torch.long)
         if self._read is not None:
             seen = torch.cat([self._read, written]).unique()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,7 @@ from lowbit.runtime.batching import Batcher
 from lowbit.runtime.engine import Engine
 from lowbit.runtime.kvcache import KVCache
 from lowbit.runtime.requests import Busy, Done, Event, Failed, Progress, Request, Scored
+from lowbit.runtime.rows import Rows
 from lowbit.runtime.sampling import Sampling
 
 KV = "int2-channel4:int3-head,sink=1,window=3"
@@ -120,20 +122,63 @@ def test_with_a_low_bit_cache_too() -> None:
     assert heard[2].tokens != alone("mistral", prompts()[2], 4)
 
 
+@pytest.mark.parametrize(("text", "sliding"), [
+    ("int4-head-hadamard:raw,sink=2", 10), ("int2-channel4:int3-g8,sink=2,window=3", 10),
+    ("int2-channel4:int3-head-sym,window=5", None), ("int2-head,sink=12,window=20", None),
+])  # fmt: skip
+def test_rows_hold_to_the_bit_what_each_holds_alone(text: str, sliding: int | None) -> None:
+    """Rows join and leave, the longest too; 36 steps outgrow the buffers."""
+    how = {} if sliding is None else {"sliding_window": sliding}
+    config = family_model("llama" if sliding is None else "mistral", num_hidden_layers=1, **how).config
+    kv, g = CacheFormat.parse(text), torch.Generator().manual_seed(4)
+    rows: Any = Rows(config, kv)
+    twins: list[Any] = []
+
+    def tokens(batch: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = torch.randn(2, batch, 2, n, 16, generator=g)
+        return keys, values
+
+    def join(length: int) -> None:
+        own: Any = KVCache(config, kv)
+        for layer in own.layers:
+            layer.update(*tokens(1, length))
+        twins.append(deepcopy(own))
+        rows.join(own, length)
+
+    joins, leaves = {0: (5, 1), 1: (20,), 30: (12,)}, {4: 2, 6: 0}
+    for step in range(36):
+        for length in joins.get(step, ()):
+            join(length)
+        if step in leaves:
+            rows.leave(leaves[step])
+            twins[leaves[step]] = twins[-1]
+            twins.pop()
+        for i, layer in enumerate(rows.layers):
+            new = tokens(len(twins), 1)
+            found = layer.update(*new)
+            for r, twin in enumerate(twins):
+                for part, wanted in zip(found, twin.layers[i].update(*(x[r : r + 1] for x in new)), strict=True):
+                    assert torch.equal(part[r, :, part.shape[2] - wanted.shape[2] :], wanted[0])
+                    assert not part[r, :, : part.shape[2] - wanted.shape[2]].isnan().any()
+        rows.advance()
+    rows.clear()
+    assert rows.nbytes == 0
+
+
 def test_the_memory_of_the_caches_is_counted() -> None:
-    """Two requests of 5 and 30 tokens: packed, as many bytes as each alone; in full, two rows of the longer one."""
+    """Two requests of 5 and 30 tokens: two rows of the longer one with room to grow, packed and in full."""
     kv = CacheFormat.parse("int4-head")
+    rows, columns = 4, 30 + 32  # room for four rows, and for the longest to grow
     batcher = Batcher(model("llama"), Letters(), kv=kv, slots=2)
     for prompt in (prompts()[0], prompts()[2]):
         asked(batcher, prompt, max_tokens=3)
     batcher.step()  # both are read, and each has written two tokens, one of which is in the cache
     a_token = 2 * 2 * 2 * 11  # layers, heads, keys and values; 8 bytes of codes, 2 of scale, 1 of zero
-    assert batcher.load().kv_bytes == (5 + 1 + 30 + 1) * a_token
+    assert batcher.load().kv_bytes == rows * columns * a_token
     plain = Batcher(model("llama"), Letters(), slots=2)
     for prompt in (prompts()[0], prompts()[2]):
         asked(plain, prompt, max_tokens=3)
     plain.step()
-    rows, columns = 4, 30 + 32  # room for four rows, and for the longest to grow
     assert plain.load().kv_bytes == 2 * 2 * rows * 2 * columns * 16 * 4
 
 

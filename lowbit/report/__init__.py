@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lowbit.report.model import Band, BlockKL, Candidate, Environment, FlipRow, Report, ScoringProtocol
+from lowbit.report.model import Band, BlockKL, Candidate, Environment, FlipRow, LostItem, Report, ScoringProtocol
 from lowbit.report.terminal import show
 
 
@@ -13,4 +13,6 @@ def write(report: Report, path: Path) -> Path:
     return page.write(report, path)
 
 
-__all__ = ["Band", "BlockKL", "Candidate", "Environment", "FlipRow", "Report", "ScoringProtocol", "show", "write"]
+__all__ = [
+    "Band", "BlockKL", "Candidate", "Environment", "FlipRow", "LostItem", "Report", "ScoringProtocol", "show", "write",
+]  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Literal
 
 from lowbit.errors import StudyError
 from lowbit.evaluation.findings import Finding
+from lowbit.evaluation.task_findings import TaskFinding
 
 FlipKind = Literal["lost", "gained", "other"]
 """Who was right: ``lost`` only the reference, ``gained`` only the candidate, ``other`` neither."""
@@ -51,11 +52,27 @@ class FlipRow:
 
 
 @dataclass(frozen=True)
+class LostItem:
+    """A question that the reference answered rightly and the candidate did not; ``margin_ref`` is how sure it was.
+
+    ``prompt`` is without the examples that may have stood before it, and empty where the records are not files.
+    """
+
+    task: str
+    id: str
+    prompt: str
+    reference_answer: str
+    candidate_answer: str
+    margin_ref: float
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One version of a model, measured.
 
     ``bytes_total`` is everything stored; ``bits_per_weight`` is over the quantized linears only, scales and
-    tables included. ``seconds`` and ``peak_bytes`` are the cost of making it.
+    tables included. ``seconds`` and ``peak_bytes`` are the cost of making it. ``lost_items`` are the first of those
+    that it lost on tasks, not all.
     """
 
     label: str
@@ -70,6 +87,8 @@ class Candidate:
     kl_by_position: tuple[Band, ...] = ()
     kl_by_block: tuple[BlockKL, ...] = ()
     flips: tuple[FlipRow, ...] = ()
+    task_findings: tuple[TaskFinding, ...] = ()
+    lost_items: tuple[LostItem, ...] = ()
     is_reference: bool = False
 
     def finding(self, metric: str) -> Finding | None:
@@ -104,6 +123,7 @@ class Report:
 
     ``noise_floor`` is the KL in nats of the reference against itself under another batch size, or None when
     it was not measured. ``created`` is ISO 8601. ``configuration`` and ``digests`` are (name, value) rows.
+    ``task_notes`` say what qualifies the tasks.
     Raises ``StudyError`` when two versions share a label, or when the reference is not marked as one.
     """
 
@@ -119,6 +139,7 @@ class Report:
     multiplicity_rule: str
     configuration: tuple[tuple[str, str], ...] = ()
     digests: tuple[tuple[str, str], ...] = ()
+    task_notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         marked = [c.label for c in self.candidates if c.is_reference]

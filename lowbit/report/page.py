@@ -17,7 +17,7 @@ from pathlib import Path
 from string import Template
 
 from lowbit.errors import StorageError
-from lowbit.report import sections
+from lowbit.report import sections, task_section
 from lowbit.report.charts import Chart, charts
 from lowbit.report.markup import Html, plain, section
 from lowbit.report.model import Report
@@ -57,6 +57,7 @@ def render(report: Report) -> str:
     library, start = chart_library(), _resource("start.js")
     body = [
         sections.overview(report),
+        section("What it can still do", task_section.tasks(report)),
         section("Size against loss", sections.figures(drawn, "pareto-")),
         section("Where the loss is", sections.figures(drawn, "kl-"), sections.profiles(report)),
         section("Changed choices", sections.flips(report)),

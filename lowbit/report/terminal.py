@@ -1,10 +1,11 @@
-"""The main table in a terminal, in a pipe, in an issue (Markdown) or for a program (JSON)."""
+"""The main table, and that of tasks, in a terminal, in a pipe, in an issue (Markdown) or for a program (JSON)."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from lowbit.evaluation.metrics.agreement import Flips
 from lowbit.report import text
 from lowbit.report.model import Report
 from lowbit.report.summary import Cell, Column, Table, main_table, notes
+from lowbit.report.task_summary import task_notes, task_table
 
 Style = Literal["auto", "plain", "md", "json"]
 
@@ -25,7 +27,7 @@ _EXPENDABLE = ("Flips", "Bits/weight", "Top-1 kept", "KL / floor", "p")
 
 
 def show(report: Report, style: Style = "auto") -> None:
-    """Prints the report's main table and its notes on standard output.
+    """Prints the report's main table and its notes on standard output, then those of the tasks where there are any.
 
     ``auto``: a coloured table on a terminal, aligned plain text in a pipe. ``md`` pastes into an issue, ``json``
     holds everything in the report.
@@ -39,25 +41,37 @@ def show(report: Report, style: Style = "auto") -> None:
 
 def plain(report: Report) -> str:
     """Columns aligned by spaces, one line a version, then the notes."""
-    heads, rows = _lines(report)
-    columns = main_table(report).columns
+    parts = [*_aligned(main_table(report)), "", *map(text.safe, notes(report))]
+    if tasks := task_table(report):
+        parts += ["", *_aligned(tasks), "", *map(text.safe, task_notes(report))]
+    return "\n".join(parts)
+
+
+def _aligned(shown: Table) -> list[str]:
+    heads, rows = _lines(shown)
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    lines = [
+    return [
         "  ".join(
-            v.rjust(w) if c.numeric else v.ljust(w) for v, w, c in zip(line, widths, columns, strict=True)
+            v.rjust(w) if c.numeric else v.ljust(w) for v, w, c in zip(line, widths, shown.columns, strict=True)
         ).rstrip()
         for line in (heads, *rows)
     ]
-    return "\n".join([*lines, "", *map(text.safe, notes(report))])
 
 
 def markdown(report: Report) -> str:
     """A GitHub table, then the notes."""
-    heads, rows = _lines(report)
-    rule = ["---:" if c.numeric else ":---" for c in main_table(report).columns]
+    parts = _piped(main_table(report), notes(report))
+    if tasks := task_table(report):
+        parts += ["", *_piped(tasks, task_notes(report))]
+    return "\n".join(parts)
+
+
+def _piped(shown: Table, below: Sequence[str]) -> list[str]:
+    heads, rows = _lines(shown)
+    rule = ["---:" if c.numeric else ":---" for c in shown.columns]
     lines = [f"| {' | '.join(map(_escape_markdown, line))} |" for line in (heads, *rows)]
     lines.insert(1, f"|{'|'.join(rule)}|")
-    return "\n".join([*lines, "", *(f"{_escape_markdown(text.safe(n))}  " for n in notes(report))])
+    return [*lines, "", *(f"{_escape_markdown(text.safe(n))}  " for n in below)]
 
 
 def to_json(report: Report) -> str:
@@ -66,14 +80,21 @@ def to_json(report: Report) -> str:
 
 
 def _rich(report: Report) -> None:
-    shown, console = main_table(report), Console()
+    console = Console()
+    _rich_table(console, main_table(report), report.title, notes(report))
+    if tasks := task_table(report):
+        console.print()
+        _rich_table(console, tasks, "What it can still do", task_notes(report))
+
+
+def _rich_table(console: Console, shown: Table, title: str, below: Sequence[str]) -> None:
     kept, dropped = _fitting(shown, console.width)
-    table = RichTable(box=None, header_style="bold", pad_edge=False, title=Text(text.safe(report.title)))
+    table = RichTable(box=None, header_style="bold", pad_edge=False, title=Text(text.safe(title)))
     table.title_justify = "left"
     for column in (shown.columns[i] for i in kept):
-        title = Text(text.safe(column.title))
-        title.append(f"\n{text.safe(column.unit)}", style="not bold dim")
-        table.add_column(title, justify="right" if column.numeric else "left", overflow="fold")
+        name = Text(text.safe(column.title))
+        name.append(f"\n{text.safe(column.unit)}", style="not bold dim")
+        table.add_column(name, justify="right" if column.numeric else "left", overflow="fold")
     for row in shown.rows:
         cells = [_rich_cell(row.cells[i]) for i in kept]
         cells[-1].stylize(_COLOURS.get(row.verdict, ""))
@@ -81,7 +102,7 @@ def _rich(report: Report) -> None:
     console.print(table)
     if dropped:
         console.print(Text(f"Left out on {console.width} columns: {', '.join(dropped)}.", style="dim"))
-    for note in notes(report):
+    for note in below:
         console.print(Text(text.safe(note), style="dim"))
 
 
@@ -106,8 +127,7 @@ def _rich_cell(cell: Cell) -> Text:
     return shown.append(f"\n{text.safe(cell.sub)}", style="dim") if cell.sub else shown
 
 
-def _lines(report: Report) -> tuple[list[str], list[list[str]]]:
-    shown = main_table(report)
+def _lines(shown: Table) -> tuple[list[str], list[list[str]]]:
     return [_head(c) for c in shown.columns], [[_joined(c) for c in row.cells] for row in shown.rows]
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from lowbit.evaluation.metrics import agreement, kl
 from lowbit.evaluation.metrics.base import Tokens
 from lowbit.models.source import of_directory
 from lowbit.report import model as view
-from lowbit.study import stages
+from lowbit.study import stages, task_table
 from lowbit.study.grid import Entry, Grid
 from lowbit.study.rows import CellRow
 from lowbit.study.store import Store
+from lowbit.study.tasks import TaskGrid
 
 _CONTEXT = 16  # tokens shown before a flip
 _FLIPS = 12
+_LOST = 20  # items of tasks that are shown of each candidate
 _PACKAGES = ("lowbit", "torch", "transformers", "safetensors", "numpy", "scipy")
 
 
@@ -56,13 +59,17 @@ def report(store: Store, name: str, grid: Grid, rule: str = "holm", command: str
     for label, found in table.items():
         store.put_findings(scored[label][1].key, {f.metric: json.loads(to_json(f)) for f in found})
     tokenizer = of_directory(Path(grid.reference.params["model"])).tokenizer
+    candidates = tuple(_candidate(store, grid.model, *scored[label], table[label], tokenizer) for label in scored)
+    task_notes: tuple[str, ...] = ()
+    if grid.tasks is not None:
+        candidates, task_notes = _with_tasks(store, grid.tasks, candidates, rule)
     return view.Report(
         title=f"{grid.model}: {len(scored)} version{'s' if len(scored) != 1 else ''} beside the original",
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=command,
         study_name=name,
         reference=_reference(grid.model, output),
-        candidates=tuple(_candidate(store, grid.model, *scored[label], table[label], tokenizer) for label in scored),
+        candidates=candidates,
         noise_floor=None if floor is None else float(floor.kl.mean()),
         protocol=view.ScoringProtocol(
             text=f"{output['text']} ({output['protocol']})",
@@ -77,6 +84,7 @@ def report(store: Store, name: str, grid: Grid, rule: str = "holm", command: str
         multiplicity_rule=rule,
         configuration=_configuration(grid, output, [entry for entry, _, _ in scored.values()]),
         digests=_digests(output, {label: _output(row) for label, (_, row, _) in scored.items()}),
+        task_notes=task_notes,
     )
 
 
@@ -109,6 +117,17 @@ def _candidate(
         kl_by_block=_blocks(store, entry),
         flips=_flips(tokens, tokenizer),
     )  # fmt: skip
+
+
+def _with_tasks(
+    store: Store, asked: TaskGrid, candidates: tuple[view.Candidate, ...], rule: str
+) -> tuple[tuple[view.Candidate, ...], tuple[str, ...]]:
+    """The candidates with what they answered, and notes; adjusted over the candidates that stand in the report."""
+    shown = {c.label for c in candidates}
+    asked = replace(asked, versions=tuple(v for v in asked.versions if v.label in shown))
+    found, lost = task_table.table(store, asked, rule), task_table.lost(store, asked, _LOST)
+    told = tuple(replace(c, task_findings=tuple(found.rows[c.label]), lost_items=lost[c.label]) for c in candidates)
+    return told, found.notes
 
 
 def _blocks(store: Store, entry: Entry) -> tuple[view.BlockKL, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -11,13 +11,16 @@ from lowbit.calibration import text as texts
 from lowbit.calibration.synthetic import identity
 from lowbit.errors import StudyError
 from lowbit.evaluation import protocol
+from lowbit.evaluation.tasks import registry
+from lowbit.evaluation.tasks.registry import Chosen
 from lowbit.models.resolve import locate
 from lowbit.models.source import of_directory
 from lowbit.pipeline.recipe import Recipe, parse, with_calibration
-from lowbit.study import stages
+from lowbit.study import stages, tasks
 from lowbit.study.engine import Cell
 from lowbit.study.rows import Member
-from lowbit.study.spec import Study
+from lowbit.study.spec import Study, Tasks
+from lowbit.study.tasks import TaskGrid
 
 Say = Callable[[str], None]
 
@@ -48,20 +51,25 @@ class Entry:
 
 @dataclass(frozen=True)
 class Grid:
-    """The cells of one model of a study, the reference first; ``model`` is its short name."""
+    """The cells of one model of a study, the reference first; ``model`` is its short name.
+
+    ``tasks`` are those of the same candidates on tasks, where the study asks any.
+    """
 
     model: str
     reference: Cell
     floor: Cell
     entries: tuple[Entry, ...]
+    tasks: TaskGrid | None = None
 
     @property
     def cells(self) -> list[Cell]:
-        """All cells in the order in which results become visible: each candidate is made, then scored."""
+        """All cells in the order in which results become visible: each candidate is made, then scored; tasks last."""
         found = [self.reference, self.floor]
         for entry in self.entries:
             found += [cell for cell in (entry.make, entry.score) if cell is not None]
-        return found + [entry.attribute for entry in self.entries if entry.attribute is not None]
+        found += [entry.attribute for entry in self.entries if entry.attribute is not None]
+        return found + (self.tasks.cells if self.tasks is not None else [])
 
     @property
     def members(self) -> list[Member]:
@@ -80,7 +88,8 @@ def of_study(study: Study, say: Say = lambda _: None) -> list[Grid]:
         )  # fmt: skip
     recipes = _recipes(study)
     models = short_names(study.models, study.name)
-    return [_model(study, recipes, name, label, say) for name, label in models.items()]
+    chosen = _chosen(study, say)
+    return [_model(study, recipes, name, label, chosen, say) for name, label in models.items()]
 
 
 def of_directories(model: str, candidates: list[str], evaluation: Mapping[str, Any], say: Say = lambda _: None) -> Grid:
@@ -101,7 +110,16 @@ def of_directories(model: str, candidates: list[str], evaluation: Mapping[str, A
     return Grid(_short(model), reference, floor, tuple(entries))
 
 
-def _model(study: Study, recipes: Mapping[str, Recipe], model: str, label: str, say: Say) -> Grid:
+def _chosen(study: Study, say: Say) -> list[Chosen]:
+    """The tasks of a study and their files."""
+    if study.tasks is None:
+        return []
+    return registry.choose(study.tasks.run, None if study.tasks.data is None else Path(study.tasks.data), say)
+
+
+def _model(
+    study: Study, recipes: Mapping[str, Recipe], model: str, label: str, chosen: Sequence[Chosen], say: Say
+) -> Grid:
     evaluation = study.evaluation.model_dump()
     common = _common(model, evaluation, say)
     affinity = common["model_digest"]
@@ -118,7 +136,16 @@ def _model(study: Study, recipes: Mapping[str, Recipe], model: str, label: str, 
             params = {key: common[key] for key in ("model", "model_digest", "dtype", "text", "text_digest")} | few
             attribute = Cell(stages.ATTRIBUTE, f"{prefix}blocks of {called}", (make.key,), params, affinity)
         entries.append(Entry(called, recipe.line, make, score, attribute))
-    return Grid(label, reference, floor, tuple(entries))
+    asked = None
+    if study.tasks is not None:
+        made = {entry.label: entry.make for entry in entries if entry.make is not None}
+        asked = tasks.of_made(model, label, made, chosen, _settings(study.tasks, common["dtype"]), prefix)
+    return Grid(label, reference, floor, tuple(entries), asked)
+
+
+def _settings(t: Tasks, dtype: str) -> tasks.Settings:
+    data = None if t.data is None else Path(t.data)
+    return tasks.Settings(t.limit, t.shots, tuple(t.lengths), t.batch, dtype, t.drop_long, t.allow_code, t.floor, data)
 
 
 def _recipes(study: Study) -> dict[str, Recipe]:

@@ -11,20 +11,28 @@
     protocol = "windows-512"
     windows = 16
     attribute = ["gptq:int3-g64"]  # recipes whose blocks are looked at one by one
+    [tasks]
+    run = ["hellaswag", "trust", "./questions.jsonl"]
+    data = "$LOWBIT_DATA"          # the folder below which named tasks have their files
+    limit = 200
 
-Models, recipe files and texts are looked for beside the study file first, then from the working directory.
+Models, recipe files, texts and the files of tasks are looked for beside the study file first, then from the working
+directory.
 """
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from lowbit.errors import StudyError, nearest
+from lowbit.evaluation.tasks.registry import FAMILIES, LM_EVAL, TASKS
 from lowbit.pipeline.recipe import Calibration
 
 
@@ -45,6 +53,36 @@ class Evaluation(_Data):
     attribution_length: int = Field(default=64, ge=8)
 
 
+class Tasks(_Data):
+    """Which tasks every model and candidate is asked, and how; the fields are the options of ``lowbit compare``.
+
+    ``run`` holds families, names of tasks, lm-eval:NAME, and JSONL files or folders of them, which are written with a
+    slash or as ``*.jsonl``. ``allow_code`` runs programs that the models write, each in a closed process.
+    """
+
+    run: list[str] = Field(min_length=1)
+    data: str | None = None
+    limit: int | None = Field(default=None, ge=2)
+    shots: int | None = Field(default=None, ge=0)
+    lengths: list[Annotated[int, Field(ge=1)]] = []
+    batch: int = Field(default=32, ge=1)
+    drop_long: bool = False
+    allow_code: bool = False
+    floor: bool = True
+
+    @field_validator("run")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        known = [*FAMILIES, *TASKS]
+        for name in names:
+            if not (name in known or name.startswith(LM_EVAL) or _is_place(name)):
+                message = f"no task or family {name!r}, and no file or folder (with a slash, or *.jsonl)"
+                raise PydanticCustomError(
+                    "unknown_task", "{message}", {"message": message, "fix": nearest(name, known)}
+                )
+        return names
+
+
 class Study(_Data):
     """A named grid of models and recipes."""
 
@@ -53,6 +91,7 @@ class Study(_Data):
     recipes: list[str] = Field(min_length=1)
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
+    tasks: Tasks | None = None
 
 
 def load(path: Path) -> Study:
@@ -83,8 +122,44 @@ def load(path: Path) -> Study:
             "calibration": calibration.model_copy(
                 update={"text": _beside(path, [calibration.text])[0]} if "text" in calibration.model_fields_set else {}
             ),
+            "tasks": None if study.tasks is None else _placed(path, study.tasks),
         }
     )
+
+
+def _placed(path: Path, tasks: Tasks) -> Tasks:
+    """The tasks with their files found. Raises StudyError for files and folders that are not there or not readable."""
+    run = [_beside(path, [name])[0] if _is_place(name) else name for name in tasks.run]
+    for name in run:
+        if _is_place(name) and not os.access(name, os.R_OK):
+            raise StudyError(
+                f"tasks.run: {name!r} cannot be read", where=str(path), fix="a JSONL file or a folder of them"
+            )
+    if tasks.data is None:
+        if wanting := next((name for name in run if _needs_data(name)), None):
+            raise StudyError(
+                f"tasks.data: {wanting} is read from files, and the study does not say where", where=str(path),
+                fix='data = "FOLDER" in the table [tasks]',
+            )  # fmt: skip
+        return tasks.model_copy(update={"run": run})
+    folder = _beside(path, [os.path.expanduser(os.path.expandvars(tasks.data))])[0]
+    if not (Path(folder).is_dir() and os.access(folder, os.R_OK | os.X_OK)):
+        unset = "set the environment variable, or " if "$" in folder else ""
+        raise StudyError(
+            f"tasks.data: {folder!r} is no folder that can be read", where=str(path),
+            fix=f"{unset}name the folder below which the tasks have their files",
+        )  # fmt: skip
+    return tasks.model_copy(update={"run": run, "data": folder})
+
+
+def _needs_data(name: str) -> bool:
+    """Whether nothing of a task or family is generated."""
+    mine = [task for task in TASKS.values() if name in (task.name, task.family)]
+    return bool(mine) and all(task.make is None for task in mine)
+
+
+def _is_place(name: str) -> bool:
+    return not name.startswith(LM_EVAL) and ("/" in name or name.endswith(".jsonl"))
 
 
 def _beside(path: Path, names: Iterable[str]) -> list[str]:
@@ -97,8 +172,8 @@ def _explained(error: ValidationError, path: Path) -> StudyError:
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"]))
     if first["type"] != "extra_forbidden":
-        return StudyError(f"{field}: {first['msg']}", where=str(path))
-    tables: dict[str, type[BaseModel]] = {"calibration": Calibration, "evaluation": Evaluation}
+        return StudyError(f"{field}: {first['msg']}", where=str(path), fix=str(first.get("ctx", {}).get("fix", "")))
+    tables: dict[str, type[BaseModel]] = {"calibration": Calibration, "evaluation": Evaluation, "tasks": Tasks}
     known = tables.get(str(first["loc"][0]), Study) if len(first["loc"]) > 1 else Study
     return StudyError(
         f"unknown field {field!r}", where=str(path), fix=nearest(str(first["loc"][-1]), known.model_fields)

@@ -1,4 +1,7 @@
-"""The table of tasks: from the items in a store to findings, and pairs of answers for a judge. No model is run."""
+"""The table of tasks: from the items in a store to findings, items that were lost, and pairs of answers for a judge.
+
+No model is run.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from lowbit.evaluation import task_findings
 from lowbit.evaluation.judge import Duel
 from lowbit.evaluation.metrics.items import Items, ItemsProvenance, read_items
 from lowbit.evaluation.task_findings import TaskFinding
 from lowbit.evaluation.tasks import readers
+from lowbit.evaluation.tasks.base import Question
+from lowbit.evaluation.tasks.registry import Chosen
+from lowbit.report.model import LostItem
 from lowbit.study.engine import Cell
 from lowbit.study.store import Store
 from lowbit.study.tasks import TaskGrid, Version
@@ -101,6 +109,62 @@ def to_json(found: TaskTable) -> dict[str, Any]:
         ],
         "notes": list(found.notes),
     }  # fmt: skip
+
+
+def lost(store: Store, grid: TaskGrid, most: int) -> dict[str, tuple[LostItem, ...]]:
+    """By candidate the items that only the reference got right, at most ``most``, those first that it was surest of.
+
+    Only tasks whose answers are right or wrong have such items; lm-eval's own are left out. O(records of the tasks).
+    """
+    held = _Evidence(store)
+    found: dict[str, list[LostItem]] = {version.label: [] for version in grid.versions}
+    for chosen in grid.tasks:
+        name = chosen.task.name
+        base = held.get(grid.reference[name])
+        if base is None or not any(m.binary and m.better == "higher" for m in chosen.task.measures):
+            continue
+        questions = _questions(chosen, grid.reference[name].params["limit"])
+        for version in grid.versions:
+            after = held.get(version.cells[name])
+            if after is None:
+                continue
+            base[0].require_paired(after[0])
+            for i in np.flatnonzero((base[0].score > 0.5) & (after[0].score < 0.5)):
+                question = questions.get(str(base[0].id[i]))
+                before, now = (_answer(items, int(i), question) for items in (base[0], after[0]))
+                prompt = "" if question is None else _prompt(question)
+                margin = float(base[0].margin[i])
+                found[version.label].append(LostItem(name, str(base[0].id[i]), prompt, before, now, margin))
+    return {label: tuple(sorted(items, key=lambda item: -item.margin_ref)[:most]) for label, items in found.items()}
+
+
+def _questions(chosen: Chosen, limit: int | None) -> dict[str, Question]:
+    """The questions of a task by id, without the examples before them; none where the records are generated."""
+    if chosen.file is None:
+        return {}
+    asked = (chosen.task.ask(record.value, ()) for record in readers.read(chosen.file, chosen.task.schema, limit))
+    return {question.id: question for question in asked}
+
+
+def _prompt(question: Question) -> str:
+    """What is asked; of sentences with a gap, the part behind it, which all choices share."""
+    if not question.options:
+        return question.prompt
+    contexts = {option.context for option in question.options}
+    return question.options[0].context if len(contexts) == 1 else f"… {question.options[0].text.strip()}"
+
+
+def _answer(items: Items, i: int, question: Question | None) -> str:
+    """What a model answered: the choice, or what it wrote."""
+    if items.text[i]:
+        return str(items.text[i])
+    if question is None or not question.options:
+        return ""
+    chosen = int(items.pred[i])
+    if chosen < 0:
+        return "(another text)"
+    option = question.options[chosen]
+    return option.text if len({o.context for o in question.options}) == 1 else option.context
 
 
 def duels(store: Store, grid: TaskGrid, version: Version) -> list[Duel]:

@@ -1,6 +1,8 @@
 """Cells of tasks: a model's answers to one task, the reference first.
 
 task    model, records, tokenizer  ->  items.parquet; a candidate's reads the reference's
+
+A candidate exists already (``of_directories``), or is the checkpoint of another cell (``of_made``).
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lowbit import digest
 from lowbit.errors import ModelError, StudyError
@@ -23,7 +25,7 @@ from lowbit.evaluation.tasks.registry import Chosen
 from lowbit.evaluation.tokens import Reader, require_same
 from lowbit.io import native
 from lowbit.models.resolve import locate
-from lowbit.models.source import of_directory
+from lowbit.models.source import Source, of_directory
 from lowbit.runtime import facade
 from lowbit.study import stages
 from lowbit.study.engine import Cell
@@ -52,7 +54,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Version:
-    """A candidate, what its manifest says of it, and its cells by task."""
+    """A candidate, what its manifest says of it (nothing where a cell makes it), and its cells by task."""
 
     label: str
     described: Mapping[str, Any]
@@ -91,6 +93,54 @@ def of_directories(
     """
     root = locate(model, say).resolve()
     source = of_directory(root)
+    plan = _plan(source, root, root.name, tasks, settings, "")
+    versions = []
+    for candidate, label in candidates.items():
+        path = locate(candidate, say).resolve()
+        described = stages.describe(path)
+        _require_same_tokenizer(source.tokenizer, path)
+        theirs = {"path": str(path), "digest": described["digest"]}
+        versions.append(Version(label, described, plan.answers(label, (), theirs, described["digest"])))
+    return plan.grid(root.name, source, tasks, versions)
+
+
+def of_made(
+    model: str, label: str, made: Mapping[str, Cell], tasks: Sequence[Chosen], settings: Settings, prefix: str = ""
+) -> TaskGrid:
+    """The cells of candidates that a study makes; ``made`` maps their labels to the cells whose checkpoints they are.
+
+    ``label`` is what tables call the model, ``prefix`` stands before the label of every cell. Runs nothing.
+    """
+    root = locate(model).resolve()
+    source = of_directory(root)
+    plan = _plan(source, root, label, tasks, settings, prefix)
+    versions = [Version(name, {}, plan.answers(name, (cell.key,), {}, cell.key)) for name, cell in made.items()]
+    return plan.grid(label, source, tasks, versions)
+
+
+class _Plan(NamedTuple):
+    """What all models have in common (``shared``), what each task adds to it, and the reference's cells by task."""
+
+    prefix: str
+    shared: Mapping[str, Any]
+    params: Mapping[str, Mapping[str, Any]]
+    reference: Mapping[str, Cell]
+    floor: Mapping[str, Cell]
+
+    def answers(self, label: str, inputs: tuple[str, ...], own: Mapping[str, Any], affinity: str) -> dict[str, Cell]:
+        """A candidate's cells by task; ``inputs`` come behind the reference's."""
+        return {
+            name: Cell(TASK, f"{self.prefix}{name}: {label}", (self.reference[name].key, *inputs),
+                       {**self.shared, **own, **spec}, affinity)
+            for name, spec in self.params.items()
+        }  # fmt: skip
+
+    def grid(self, model: str, source: Source, tasks: Sequence[Chosen], versions: Sequence[Version]) -> TaskGrid:
+        described = stages.describe_dense(source)
+        return TaskGrid(model, described, tuple(tasks), self.reference, self.floor, tuple(versions))
+
+
+def _plan(source: Source, root: Path, label: str, tasks: Sequence[Chosen], settings: Settings, prefix: str) -> _Plan:
     shared = {
         "dtype": str(stages.torch_dtype(settings.dtype)).removeprefix("torch."), "limit": settings.limit,
         "shots": settings.shots, "lengths": list(settings.lengths), "batch": settings.batch,
@@ -99,35 +149,26 @@ def of_directories(
     own = shared | {"path": str(root), "digest": source.digest}
     params = {t.task.name: _spec(t, settings.data) for t in tasks}
     reference = {
-        name: Cell(TASK, f"{name}: {root.name}", (), own | spec, source.digest) for name, spec in params.items()
+        name: Cell(TASK, f"{prefix}{name}: {label}", (), own | spec, source.digest) for name, spec in params.items()
     }
     floor = {} if not settings.floor else {
-        name: Cell(TASK, f"{name}: noise floor", (reference[name].key,),
+        name: Cell(TASK, f"{prefix}{name}: noise floor", (reference[name].key,),
                    own | spec | {"batch": settings.batch + 1}, source.digest)
         for name, spec in params.items()
     }  # fmt: skip
-    versions = []
-    for candidate, label in candidates.items():
-        path = locate(candidate, say).resolve()
-        described = stages.describe(path)
-        _require_same_tokenizer(source.tokenizer, path)
-        theirs = shared | {"path": str(path), "digest": described["digest"]}
-        cells = {
-            name: Cell(TASK, f"{name}: {label}", (reference[name].key,), theirs | spec, described["digest"])
-            for name, spec in params.items()
-        }
-        versions.append(Version(label, described, cells))
-    return TaskGrid(root.name, stages.describe_dense(source), tuple(tasks), reference, floor, tuple(versions))
+    return _Plan(prefix, shared, params, reference, floor)
 
 
 def task(context: StageContext) -> Mapping[str, Any]:
     """One model's answers to one task, as ``items.parquet``."""
     params = context.params
     tokenizer = of_directory(Path(params["tokenizer_of"])).tokenizer
-    model, kv = _loaded(params["path"], params["digest"], params["dtype"])
+    path = Path(params["path"]) if "path" in params else context.input_checkpoint(1)
+    weights: str = params["digest"] if "digest" in params else stages.describe(path)["digest"]
+    model, kv = _loaded(str(path), weights, params["dtype"])
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     reader = Reader(tokenizer)
-    scorer = Scorer(model, params["digest"], batch=params["batch"], kv=kv, chunk=None if kv is None else CHUNK)
+    scorer = Scorer(model, weights, batch=params["batch"], kv=kv, chunk=None if kv is None else CHUNK)
     base: Items | None = None
     reference = scorer.identity
     if context.inputs:

@@ -19,6 +19,7 @@ from lowbit.arrays import Tensor
 from lowbit.evaluation.head import Head
 from lowbit.evaluation.prefix import Stem, Trunk, fork, paddable, shareable, stems
 from lowbit.formats.heads import CacheFormat
+from lowbit.runtime.detokenize import TextStream
 from lowbit.runtime.kvcache import KVCache
 
 Stop = Literal["stop", "eos", "length"]
@@ -51,7 +52,10 @@ class _Row:
     """One prompt's answer while it grows."""
 
     index: int
+    stream: TextStream
+    """What the tokens add to the prompt: decoded alone, many tokenizers would drop the first one's space."""
     tokens: list[int] = field(default_factory=list)
+    text: str = ""
     margin: float = 1.0
 
 
@@ -82,7 +86,7 @@ def greedy(
         for start in range(0, len(members), batch if plain else 1):
             rows = members[start : start + (batch if plain else 1)]
             state = _fresh(model, kv) if cache is None else fork(cache, torch.zeros(len(rows), dtype=torch.long))
-            written = _Batch(model, head, tokenizer, limits, state, [t.ids[length:] for t in rows], length).run()
+            written = _Batch(model, head, tokenizer, limits, state, [t.ids for t in rows], length).run()
             for trunk, answer in zip(rows, written, strict=True):
                 found |= dict.fromkeys(trunk.branches[()], answer)
                 on_done(len(trunk.branches[()]))
@@ -94,21 +98,21 @@ def _fresh(model: PreTrainedModel, kv: CacheFormat | None) -> Any:
 
 
 class _Batch:
-    """Prompts that grow side by side: padded on the left, behind ``seen`` tokens that the cache holds already."""
+    """Prompts that grow side by side: padded on the left, their first ``seen`` tokens are in the cache already."""
 
     def __init__(
         self, model: PreTrainedModel, head: Head, tokenizer: Any, limits: Limits, cache: Any,
         prompts: list[tuple[int, ...]], seen: int,
     ) -> None:  # fmt: skip
-        self.model, self.head, self.tokenizer, self.limits, self.cache = model, head, tokenizer, limits, cache
-        width = max(map(len, prompts))
-        self.ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-        mask = [[1] * seen + [0] * (width - len(p)) + [1] * len(p) for p in prompts]
+        self.model, self.head, self.limits, self.cache = model, head, limits, cache
+        news = [p[seen:] for p in prompts]
+        width = max(map(len, news))
+        self.ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in news], device=model.device)
+        mask = [[1] * seen + [0] * (width - len(p)) + [1] * len(p) for p in news]
         self.mask = torch.tensor(mask, device=model.device)
-        self.padded = any(len(p) < width for p in prompts)
+        self.padded = any(len(p) < width for p in news)
         self.positioned = "position_ids" in inspect.signature(model.base_model.forward).parameters
-        self.live = [_Row(i) for i in range(len(prompts))]
-        self.tail = max((len(stop) for stop in limits.stops), default=0) + 4  # tokens that a stop text may spread over
+        self.live = [_Row(i, TextStream(tokenizer, p)) for i, p in enumerate(prompts)]
 
     def run(self) -> list[Written]:
         """Grow until all have ended."""
@@ -135,6 +139,7 @@ class _Batch:
         first = logits.argmax(-1)  # the lowest of equals, which topk does not promise
         for row, token, margin in zip(self.live, first.tolist(), (high - low).tolist(), strict=True):
             row.tokens.append(token)
+            row.text += row.stream.push(token)
             row.margin = min(row.margin, margin)
         self.ids = first[:, None]
         self.mask = torch.cat([self.mask, torch.ones_like(self.ids)], dim=1)
@@ -143,14 +148,12 @@ class _Batch:
         """What was written, if this row has ended."""
         if row.tokens[-1] in self.limits.ends:
             return self.written(row, "eos")
-        if self.limits.stops:
-            tail = self.tokenizer.decode(row.tokens[-self.tail :], skip_special_tokens=True)
-            if any(stop in tail for stop in self.limits.stops):
-                return self.written(row, "stop")
+        if any(stop in row.text for stop in self.limits.stops):
+            return self.written(row, "stop")
         return self.written(row, "length") if len(row.tokens) >= self.limits.new_tokens else None
 
     def written(self, row: _Row, reason: Stop) -> Written:
-        text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        text = row.text + row.stream.finish()
         for stop in self.limits.stops:
             text = text.partition(stop)[0]
         return Written(tuple(row.tokens), text, reason, row.margin)

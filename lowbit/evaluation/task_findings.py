@@ -114,7 +114,7 @@ def drop(
     before, after = (
         (o.score[plain] - a.score[changed]).astype(np.float64) for a, o in zip(adversarial, original, strict=True)
     )
-    measure = replace(ACCURACY, name="adversarial drop", better="lower", binary=False)
+    measure = replace(ACCURACY, name="adversarial drop", better="lower", binary=False, span=2.0)
     return _finding("advglue", measure, before, after, adversarial[0].cluster[changed], None, None, margins, level)
 
 
@@ -141,10 +141,15 @@ def _finding(
     scale, margin = (100.0, margins.points) if measure.unit == "%" else (1.0, margins.nats)
     interval = st.paired_mean(d, cluster, level)
     clusters = interval.clusters
-    if not d.any() and measure.unit == "%":
+    share = measure.unit == "%"
+    # in a ratio an item weighs more than its share, the more the fewer items count in it
+    span = max(measure.span, float(np.ptp(before)))
+    p_same = st.tost(interval, margin / scale)
+    if share and not d.any():
         # no spread is seen; what could have been missed among so many clusters is Clopper and Pearson's limit
-        limit = st.clopper_pearson(0, clusters, level).high
+        limit = span * st.clopper_pearson(0, clusters, level).high
         interval = interval._replace(low=-limit, high=limit, method=f"no change in {clusters} clusters")
+        p_same = _unchanged(clusters, margin / scale, span)
     if measure.binary and clusters == len(d):
         p, test = st.mcnemar(int(np.sum(d < 0)), int(np.sum(d > 0))), "exact McNemar"
     else:
@@ -154,16 +159,14 @@ def _finding(
         task=task, measure=measure.name, unit=measure.unit, better=measure.better, n=len(d), clusters=clusters,
         reference=scale * float(before.mean()), candidate=scale * float(after.mean()),
         delta=shown.estimate, low=shown.low, high=shown.high, flips=flips, p=p, test=test,
-        p_same=_p_same(d, interval, margin / scale), margin=margin, mde=scale * st.detectable(interval),
+        p_same=p_same, margin=margin, mde=scale * st.detectable(interval),
         identical=not d.any(), floor=floor,
     )  # fmt: skip
 
 
-def _p_same(d: Float[np.ndarray, " n"], interval: st.Interval, margin: float) -> float:
-    """TOST; where nothing changed, the chance to see that in so many clusters if a share ``margin`` did change."""
-    if not d.any():
-        return float((1 - margin) ** interval.clusters)
-    return st.tost(interval, margin)
+def _unchanged(clusters: int, margin: float, span: float) -> float:
+    """The chance to see no change in so many clusters if as many items changed as ``margin`` takes at least."""
+    return float((1 - min(margin / span, 1.0)) ** clusters)
 
 
 def _flips(before: Float[np.ndarray, " n"], after: Float[np.ndarray, " n"], otherwise: Bool[np.ndarray, " n"]) -> Flips:

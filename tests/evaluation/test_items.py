@@ -110,7 +110,11 @@ def test_bias_scores_are_the_ratios_of_their_paper_and_their_errors_the_delta_me
     assert st.paired_mean(values, items.cluster).se == pytest.approx(ratios.std(), rel=0.06)
     wrong = 1 - items.score.mean()
     assert measures.AMBIGUOUS_BIAS.values(items).mean() == pytest.approx(wrong * values.mean(), rel=1e-5)
+    per_token = items.normalised("token").reshape(n, 3)
+    by_role = np.stack([per_token[items.role.reshape(n, 3) == role] for role in (BIASED, COUNTER, UNRELATED)])
     stereotype = measures.STEREOTYPE.values(items)
+    assert (stereotype == (by_role[0] > by_role[1])).all()  # StereoSet divides by tokens
+    assert measures.LANGUAGE_MODEL.values(items).mean() == pytest.approx((by_role[:2] > by_role[2]).mean())
     meaningful = measures.LANGUAGE_MODEL.values(items).mean()
     share = stereotype.mean()
     assert measures.ICAT.values(items).mean() == pytest.approx(meaningful * min(share, 1 - share) / 0.5)
@@ -157,6 +161,25 @@ def test_no_change_is_no_proof_and_many_items_without_one_are() -> None:
     assert worse is not None
     ((found,),) = task_findings.adjust({"a": [worse]}).values()
     assert (found.verdict, found.flips) == ("worse", (25, 0, 0))
+
+
+def test_pairs_without_a_third_sentence_compare_whole_log_likelihoods() -> None:
+    items = made(60, 2, role=np.tile([BIASED, COUNTER], 60))
+    assert (measures.STEREOTYPE.values(items) == (items.choice("sum") == 0)).all()
+
+
+def test_where_nothing_changed_what_one_item_could_change_counts() -> None:
+    roles = np.tile([BIASED, COUNTER, UNRELATED], 60)
+    items = made(60, role=roles, group=["disambig"] * 60)
+    found = task_findings.compare("t", measures.DISAMBIGUATED_BIAS, items, items)
+    assert found is not None
+    known = np.isin(items.pred, (0, 1)).mean()
+    span = 2 / known  # one item from a biased answer to a counter-biased one, of those that count
+    assert found.high == pytest.approx(100 * span * st.clopper_pearson(0, 60).high)
+    assert found.p_same == pytest.approx((1 - 0.01 / span) ** 60)
+    nats = task_findings.compare("t", measures.TARGET_NLL, *[made(60, 1, pred=np.zeros(60))] * 2)
+    assert nats is not None
+    assert nats.p_same == 0  # not a share: equal log-likelihoods are no sample of rare changes
 
 
 def test_the_adversarial_drop_joins_by_id() -> None:

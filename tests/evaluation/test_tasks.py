@@ -16,7 +16,8 @@ from tiny import family_model, save_model
 
 from lowbit.cli import main
 from lowbit.errors import EvidenceError
-from lowbit.evaluation import answering, lmeval_items, tokens
+from lowbit.evaluation import answering, generation, lmeval_items, tokens
+from lowbit.evaluation.head import Head
 from lowbit.evaluation.metrics.items import BIASED, COUNTER, UNRELATED
 from lowbit.evaluation.scorer import Scorer
 from lowbit.evaluation.tasks import answers, emergent, long, readers, registry, trust
@@ -203,6 +204,29 @@ def test_dialogue_holds_a_model_against_the_references_own_words(scorer: Scorer,
     assert items.score[0] == pytest.approx(answering.agreement(*first) / len(first[1]))
     assert items.tokens.tolist() == reference.tokens.tolist()
     assert (items.logprob < reference.logprob).all()  # greedy words of the one are unlikely to the other
+
+
+def test_what_is_written_keeps_the_space_before_its_first_word() -> None:
+    """A word that follows a prompt begins with a space, which SentencePiece's decoders drop at the beginning."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<s>": 0, "▁def": 1, "▁return": 2, "▁1": 3, "▁end": 4}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<s>"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    words = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="<s>")
+    said = iter([2, 3, 4])
+
+    class Scripted(Head):
+        def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.one_hot(torch.tensor([next(said)]), 8).float()
+
+    assert words.decode([2, 3]) == "return 1"
+    limits = generation.Limits(5, stops=(" end",))
+    (written,) = generation.greedy(
+        family_model("llama"), Scripted(torch.zeros(8, 64), None, None), words, [[0, 1]], limits
+    )
+    assert (written.text, written.stop_reason) == (" return 1", "stop")
 
 
 def test_code_is_run_only_when_allowed(scorer: Scorer, tokenizer: Any) -> None:

@@ -25,7 +25,7 @@ def number(value: Value, text: str) -> Grade:
 
 
 def conclusion(value: Value, text: str) -> Grade:
-    """What stands behind "the answer is", as BIG-Bench Hard's examples write it; else the first line."""
+    """What stands behind "the answer is", as BIG-Bench Hard's examples write it; without it no answer is found."""
     found = _CONCLUDED.findall(text)
     if not found:
         return Grade(0.0, "", False)

@@ -68,7 +68,7 @@ def serve(
     if not is_loopback(host) and limits.key is None:
         say(f"warning: anybody who reaches {host} can use this server; set LOWBIT_API_KEY")
     server = Server(
-        create_app(models, limits), listening, lambda url: say(f"serving at {url} (chat page) and {url}/v1")
+        create_app(models, limits), listening, lambda url: say(f"serving at {url} (chat page) and {url}/v1"), host
     )
     server.listen()
 

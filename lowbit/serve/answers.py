@@ -6,9 +6,10 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 
 from lowbit.runtime.requests import Done, Event, Progress, Reason, Scored
 from lowbit.runtime.sampling import Token
@@ -19,6 +20,7 @@ from lowbit.serve.errors import ApiError
 Spell = Callable[[int], str]
 
 
+@runtime_checkable
 class Kind(Protocol):
     """Completions or chat completions: how an answer is spelled."""
 
@@ -56,7 +58,7 @@ async def whole(asked: Asked, kind: Kind, count: int, read: int) -> BaseModel:
             choice.tokens += event.tokens
         elif isinstance(event, Scored):
             choice.tokens += event.tokens
-    return kind.whole(choices, _usage(read, written))
+    return await run_in_threadpool(kind.whole, choices, _usage(read, written))
 
 
 async def pieces(asked: Asked, kind: Kind, count: int, read: int, with_usage: bool) -> AsyncIterator[str]:
@@ -69,8 +71,12 @@ async def pieces(asked: Asked, kind: Kind, count: int, read: int, with_usage: bo
         async for index, event in asked:
             if isinstance(event, Done):
                 written += event.written
-            if (piece := kind.piece(index, event)) is not None:
-                yield _event(piece)
+            if isinstance(event, Scored):  # a whole prompt, which may be long; the others are a token or few
+                text = await run_in_threadpool(_told, kind, index, event)
+            else:
+                text = _told(kind, index, event)
+            if text:
+                yield text
         if with_usage:
             yield _event(kind.usage_piece(_usage(read, written)))
     except ApiError as error:
@@ -80,6 +86,11 @@ async def pieces(asked: Asked, kind: Kind, count: int, read: int, with_usage: bo
 
 def _usage(read: int, written: int) -> p.Usage:
     return p.Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
+
+
+def _told(kind: Kind, index: int, event: Event) -> str:
+    piece = kind.piece(index, event)
+    return "" if piece is None else _event(piece)
 
 
 def _event(body: BaseModel) -> str:

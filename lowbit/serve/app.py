@@ -69,7 +69,7 @@ def create_app(models: Sequence[Served], limits: Limits) -> FastAPI:
     async def list_models() -> Response:
         return _json(protocol.ModelList(data=[m.card() for m in service.models.values()]))
 
-    @app.get("/v1/models/{model}", responses=answers(protocol.ModelCard, 401, 404), response_model=None,
+    @app.get("/v1/models/{model:path}", responses=answers(protocol.ModelCard, 401, 404), response_model=None,
              dependencies=key)  # fmt: skip
     async def one_model(model: str) -> Response:
         return _json(service.pick(model).card())
@@ -79,7 +79,9 @@ def create_app(models: Sequence[Served], limits: Limits) -> FastAPI:
     async def completions(body: protocol.CompletionBody, request: Request) -> Response:
         """Continue texts, or token ids; with ``echo`` and ``logprobs``, score them."""
         served = service.pick(body.model)
-        prompts = await run_in_threadpool(served.prompts, body.prompt)
+        given = protocol.several(body.prompt)
+        served.admit(len(given) * (body.n or 1))
+        prompts = await run_in_threadpool(served.prompts, given)
         new = 16 if body.max_tokens is None else body.max_tokens
         for ids in prompts:
             served.check(ids, new, "prompt")
@@ -87,8 +89,7 @@ def create_app(models: Sequence[Served], limits: Limits) -> FastAPI:
         wanted = requests(body, prompts, [new] * len(prompts), body.logprobs, score, served, limits.seconds)
         repeated = None
         if body.echo:
-            given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-            texts = [t if isinstance(t, str) else served.decode(ids) for t, ids in zip(given, prompts, strict=False)]
+            texts = await run_in_threadpool(served.texts, given)
             repeated = [text for text in texts for _ in range(body.n or 1)]
         kind = Completions(served.name, served.digest, served.spell, repeated, body.logprobs)
         return await _answer(service, request, body, served, wanted, kind, sum(map(len, prompts)))
@@ -100,6 +101,7 @@ def create_app(models: Sequence[Served], limits: Limits) -> FastAPI:
         served = service.pick(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs goes with logprobs", param="top_logprobs")
+        served.admit(body.n or 1)
         ids = await run_in_threadpool(served.chat, body.messages)
         asked = body.max_completion_tokens or body.max_tokens
         new = max(served.context - len(ids), 1) if asked is None else asked
@@ -139,7 +141,7 @@ async def _answer(
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         return _EventStream(asked, pieces(asked, kind, len(wanted), read, with_usage))
     try:
-        return _json(await _unless_gone(request, whole(asked, kind, len(wanted), read)))
+        return await run_in_threadpool(_json, await _unless_gone(request, whole(asked, kind, len(wanted), read)))
     finally:
         asked.close()
 

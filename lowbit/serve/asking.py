@@ -19,15 +19,15 @@ from lowbit.serve.served import Served
 _STATUS = {"timeout": 504, "shutdown": 503, "model": 500}
 
 
-def sampling(body: SamplingBody, choice: int, vocab: int) -> Sampling:
-    """How choice number ``choice`` is drawn: each of n has the seed's next."""
+def sampling(body: SamplingBody, vocab: int) -> Sampling:
+    """How the first choice is drawn. Raises ApiError."""
 
     def given(value: float | None, default: float) -> float:
         return default if value is None else value
 
     bias = []
     for name, value in (body.logit_bias or {}).items():
-        if not (name.isascii() and name.isdigit() and len(name) < 10 and int(name) < vocab):
+        if not (name.isascii() and name.isdigit() and len(name) < 10 and str(int(name)) == name and int(name) < vocab):
             raise ApiError(400, f"{name!r} is no token id below {vocab}", param="logit_bias")
         bias.append((int(name), value))
     try:
@@ -35,8 +35,7 @@ def sampling(body: SamplingBody, choice: int, vocab: int) -> Sampling:
             temperature=given(body.temperature, 1.0), top_p=given(body.top_p, 1.0), top_k=body.top_k or 0,
             min_p=given(body.min_p, 0.0), presence_penalty=given(body.presence_penalty, 0.0),
             frequency_penalty=given(body.frequency_penalty, 0.0), logit_bias=tuple(bias),
-            repetition_penalty=given(body.repetition_penalty, 1.0),
-            seed=None if body.seed is None else body.seed + choice,
+            repetition_penalty=given(body.repetition_penalty, 1.0), seed=body.seed,
         )  # fmt: skip
     except RecipeError as error:
         raise ApiError(400, str(error)) from error
@@ -46,16 +45,20 @@ def requests(
     body: SamplingBody, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int], logprobs: int | None, score: bool,
     served: Served, seconds: float,
 ) -> list[Request]:  # fmt: skip
-    """``n`` sequences a prompt, in OpenAI's order: all of the first prompt, then all of the second."""
+    """``n`` sequences a prompt, in OpenAI's order: all of the first prompt, then all of the second.
+
+    Each of the n has the seed's next. The n of a prompt share its tuple.
+    """
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    how = [sampling(body, i, served.vocab) for i in range(body.n or 1)]
+    first = sampling(body, served.vocab)
+    how = [dataclasses.replace(first, seed=None if first.seed is None else first.seed + i) for i in range(body.n or 1)]
     deadline = time.monotonic() + seconds
     return [
         Request(
-            tuple(prompt), sampling=drawn, max_tokens=new, stop=stop, ends=frozenset(body.stop_token_ids or ()),
+            shared, sampling=drawn, max_tokens=new, stop=stop, ends=frozenset(body.stop_token_ids or ()),
             ignore_end=bool(body.ignore_eos), logprobs=logprobs, score=score, deadline=deadline,
         )
-        for prompt, new in zip(prompts, max_tokens, strict=True) for drawn in how
+        for shared, new in zip(map(tuple, prompts), max_tokens, strict=True) for drawn in how
     ]  # fmt: skip
 
 
@@ -66,16 +69,13 @@ class Asked:
     """
 
     def __init__(self, served: Served, wanted: Sequence[Request], metrics: Metrics) -> None:
-        """Raises ApiError 429 when the queue is full, 400 when it could never hold them."""
+        """Raises ApiError 429 when the queue is full."""
         self._served, self._metrics = served, metrics
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._open: dict[int, int] = {}
         self._since = time.monotonic()
         self._last: dict[int, float] = {}
-        room = served.engine.batcher.queue
-        if len(wanted) > room:
-            raise ApiError(400, f"{len(wanted)} sequences in one request, the queue holds {room}", param="n")
         try:
             for i, request in enumerate(wanted):
                 self._open[i] = served.engine.submit(dataclasses.replace(request, on_event=self._listener(i)))

@@ -63,8 +63,9 @@ def one_shape(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        return ApiError(400, f"{place}: {first['msg']}" if place else str(first["msg"]), param=place or None).response()
+        place = ".".join(str(part) for part in first["loc"] if part not in {"body", *protocol.BRANCHES})
+        said = "must be an object" if first["type"].startswith("model_") else str(first["msg"])
+        return ApiError(400, f"{place}: {said}" if place else said, param=place or None).response()
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:

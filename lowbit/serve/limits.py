@@ -1,9 +1,13 @@
-"""Who may ask, and how much: API key, size of a body, time to send it. Plain ASGI, before anything is parsed."""
+"""Who may ask, and how much: name of the host, API key, size of a body, time to send it.
+
+Plain ASGI, before anything is parsed.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -32,6 +36,27 @@ class Limits:
     def __post_init__(self) -> None:
         if self.key is not None and not (self.key.isascii() and self.key.isprintable() and self.key.strip()):
             raise RecipeError("the API key is empty or has characters that no header carries", fix="letters and digits")
+
+
+class OwnName:
+    """Lets through requests to one of ``names``.
+
+    A browser reaches a server of its own machine also under the name of a stranger's site, when that name is made to
+    point here (DNS rebinding), and then takes the answers for the site's own.
+    """
+
+    def __init__(self, app: ASGIApp, names: Iterable[str]) -> None:
+        self.app, self.names = app, frozenset(name.lower() for name in names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            host = Headers(scope=scope).get("host", "").lower()
+            name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+            if name not in self.names:
+                error = ApiError(403, f"no host {name!r} here: this server answers to localhost only", code="host")
+                await error.response()(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class Gate:

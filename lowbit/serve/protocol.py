@@ -2,29 +2,91 @@
 
 Unknown fields are refused by name rather than ignored: an answer that leaves out what was asked for is wrong.
 Beyond OpenAI's: ``top_k``, ``min_p``, ``repetition_penalty``, ``stop_token_ids``, ``ignore_eos``, prompts of token ids.
+A body has at most a few errors, however long it is: validation runs in the server's loop, where nothing may take long.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+BRANCHES = frozenset({"(text)", "(ids)", "(texts)", "(id lists)", "(list)"})
+"""What a value of several types was taken for; pydantic puts it into the place of an error, where nobody needs it."""
+
+_STOP_CHARACTERS = 2048
+_BIASED = 300
+
+
+def _prompt_branch(value: Any) -> str | None:
+    if isinstance(value, list):
+        first = value[0] if value else None
+        return "(texts)" if isinstance(first, str) else "(id lists)" if isinstance(first, list) else "(ids)"
+    return "(text)" if isinstance(value, str) else None
+
+
+def _text_or_list(value: Any) -> str | None:
+    return "(text)" if isinstance(value, str) else "(list)" if isinstance(value, list) else None
+
+
+def _few_characters(stops: list[str]) -> list[str]:
+    if (found := sum(map(len, stops))) > _STOP_CHARACTERS:
+        raise PydanticCustomError(
+            "too_long", "at most {limit} characters together, not {found}", {"limit": _STOP_CHARACTERS, "found": found}
+        )
+    return stops
+
+
+def _few_tokens(bias: Any) -> Any:
+    """Before pydantic looks at every entry."""
+    if isinstance(bias, dict) and len(bias) > _BIASED:
+        raise PydanticCustomError(
+            "too_long", "at most {limit} tokens, not {found}", {"limit": _BIASED, "found": len(bias)}
+        )
+    return bias
+
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=1_000_000)]
 Text = Annotated[str, Field(max_length=4_000_000)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-Prompt = (
-    Text
-    | Annotated[list[TokenId], Field(min_length=1)]
-    | Annotated[list[Text], Field(min_length=1, max_length=1024)]
-    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=1024)]
-)
+Stops = Annotated[
+    Annotated[Stop, Tag("(text)")]
+    | Annotated[list[Stop], Field(fail_fast=True, max_length=16), AfterValidator(_few_characters), Tag("(list)")],
+    Discriminator(_text_or_list, "stop_type", "must be a text or a list of texts"),
+]
+Prompt = Annotated[
+    Annotated[Text, Tag("(text)")]
+    | Annotated[TokenIds, Tag("(ids)")]
+    | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=1024), Tag("(texts)")]
+    | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=1024), Tag("(id lists)")],
+    Discriminator(_prompt_branch, "prompt_type", "must be a text, token ids, or a list of either"),
+]
 
 
 class Body(BaseModel):
     """What a client sends: types as they are, no field that is unknown, no infinite number."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, value: Any) -> Any:
+        """The first unknown field is enough to refuse a body; pydantic would write an error for each."""
+        if not isinstance(value, dict):
+            return value
+        known, unknown = cls.model_fields, next((name for name in value if name not in cls.model_fields), None)
+        return {name: given for name, given in value.items() if name in known or name == unknown}
 
 
 class StreamOptions(Body):
@@ -42,15 +104,18 @@ class SamplingBody(Body):
     n: int | None = Field(1, ge=1, le=64)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=64)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
+    stop: Stops | None = Field(None, description="as a list, at most 2048 characters together")
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=1024)] | None = None
     ignore_eos: bool | None = False
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
     repetition_penalty: float | None = Field(1.0, ge=0.01, le=100)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, description="token id to what is added to its logit"
-    )
+    logit_bias: (
+        Annotated[
+            dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=_BIASED), BeforeValidator(_few_tokens)
+        ]
+        | None
+    ) = Field(None, description="token id to what is added to its logit")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     user: str | None = Field(None, description="taken and not used")
 
@@ -70,12 +135,16 @@ class TextPart(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(max_length=1024)]
+    content: Annotated[
+        Annotated[Text, Tag("(text)")]
+        | Annotated[list[TextPart], Field(fail_fast=True, max_length=1024), Tag("(list)")],
+        Discriminator(_text_or_list, "content_type", "must be a text or a list of parts"),
+    ]
     name: str | None = None
 
 
 class ChatBody(SamplingBody):
-    messages: list[Message] = Field(min_length=1, max_length=10_000)
+    messages: list[Message] = Field(fail_fast=True, min_length=1, max_length=10_000)
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="default: as many as the model can still read")
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = False
@@ -90,7 +159,7 @@ class TokenizeBody(Body):
 
 class DetokenizeBody(Body):
     model: str | None = Field(None, max_length=1000)
-    tokens: list[TokenId] = Field(max_length=1_000_000)
+    tokens: list[TokenId] = Field(fail_fast=True, max_length=1_000_000)
 
 
 class Usage(BaseModel):
@@ -239,3 +308,8 @@ class ErrorBody(BaseModel):
 def sent(body: BaseModel) -> dict[str, Any]:
     """As JSON is written: fields that are null stay, as OpenAI's client expects them."""
     return body.model_dump(mode="json")
+
+
+def several(prompt: str | list[Any]) -> list[Any]:
+    """The prompts of a completion, each a text or token ids, whichever of the four shapes was sent."""
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt

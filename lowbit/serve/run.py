@@ -14,17 +14,26 @@ import uvicorn
 from fastapi import FastAPI
 
 from lowbit.errors import RecipeError
+from lowbit.serve.limits import OwnName
 from lowbit.serve.service import Service
 
 
 class Server(uvicorn.Server):
-    """uvicorn that drains its engines, and ends a stop on request with exit status 0."""
+    """uvicorn that drains its engines, and ends a stop on request with exit status 0.
 
-    def __init__(self, app: FastAPI, listening: socket.socket, on_start: Callable[[str], object]) -> None:
+    On a loopback address it answers to ``localhost``, to that address and to ``host``, the name that was asked for.
+    """
+
+    def __init__(
+        self, app: FastAPI, listening: socket.socket, on_start: Callable[[str], object], host: str = "localhost"
+    ) -> None:
         self.service: Service = app.state.service
+        address = str(listening.getsockname()[0])
+        names = {"localhost", "127.0.0.1", "::1", address, host}
         super().__init__(
             uvicorn.Config(
-                app, log_level="warning", lifespan="on", timeout_graceful_shutdown=int(self.service.limits.grace) + 5,
+                OwnName(app, names) if is_loopback(address) else app,
+                log_level="warning", lifespan="on", timeout_graceful_shutdown=int(self.service.limits.grace) + 5,
                 server_header=False,
             )
         )  # fmt: skip

@@ -37,6 +37,7 @@ class Served:
     kv: CacheFormat | None
     created: int
     _turn: threading.Lock = field(default_factory=threading.Lock)
+    _spelled: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -62,11 +63,19 @@ class Served:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    def prompts(self, given: str | Sequence[object]) -> list[list[int]]:
-        """The prompts of a completion: a text, token ids, or several of either."""
-        if isinstance(given, str) or (given and isinstance(given[0], int)):
-            given = [given]
-        return [self.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in given]  # type: ignore[call-overload]
+    def admit(self, sequences: int) -> None:
+        """Raises ApiError for more sequences in one request than the queue could ever hold."""
+        room = self.engine.batcher.queue
+        if sequences > room:
+            raise ApiError(400, f"{sequences} sequences in one request, the queue holds {room}", param="n")
+
+    def prompts(self, given: Sequence[str | list[int]]) -> list[tuple[int, ...]]:
+        """The tokens of texts; token ids as they are."""
+        return [tuple(self.encode(prompt) if isinstance(prompt, str) else prompt) for prompt in given]
+
+    def texts(self, given: Sequence[str | list[int]]) -> list[str]:
+        """Texts as they are; those of token ids."""
+        return [prompt if isinstance(prompt, str) else self.decode(prompt) for prompt in given]
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """Messages as the model's own template writes them. Raises ApiError without one, and for what it refuses."""
@@ -99,10 +108,16 @@ class Served:
         return self.encode("a", special=False)[-1:]
 
     def spell(self, token: int) -> str:
-        """A token's own text, its leading space too; ``token_id:N`` where it has none, such as half a character."""
-        before = self.decode(self._anchor)
-        text = self.decode([*self._anchor, token])[len(before) :]
-        return f"token_id:{token}" if not text or "\N{REPLACEMENT CHARACTER}" in text else text
+        """A token's own text, its leading space too; ``token_id:N`` where it has none, such as half a character.
+
+        Cost two short decodes the first time, then a look-up; at most the vocabulary is kept.
+        """
+        if token not in self._spelled:
+            before = self.decode(self._anchor)
+            text = self.decode([*self._anchor, token])[len(before) :]
+            broken = not text or "\N{REPLACEMENT CHARACTER}" in text
+            self._spelled[token] = f"token_id:{token}" if broken else text
+        return self._spelled[token]
 
     def card(self) -> ModelCard:
         return ModelCard(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -86,6 +88,25 @@ def test_what_means_nothing_is_refused() -> None:
             Sampler(how).draw(LOGITS * float("nan"))
     with pytest.raises(RecipeError, match="names token 60 of 60"):
         Sampler(Sampling(logit_bias=((60, 1.0),))).draw(LOGITS)
+
+
+def best_seconds(work: Callable[[], object]) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    return min(once() for _ in range(5))
+
+
+def test_a_token_is_cheap_whatever_was_asked_for() -> None:
+    """The engine's thread does this for every request at every token."""
+    sampler = Sampler(Sampling(logit_bias=((3, 2.0), *((i % 60, 1.0) for i in range(20_000)), (3, -2.0))))
+    assert best_seconds(lambda: sampler.adjusted(LOGITS)) < 0.01
+    torch.testing.assert_close(sampler.adjusted(LOGITS), LOGITS + torch.tensor([334.0] * 20 + [333.0] * 40))
+    stops = Stops(["a" * 900, *("b" * i for i in range(740, 804))])
+    stops.push("a" * 800)
+    assert best_seconds(lambda: stops.push("a")) < 0.004
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

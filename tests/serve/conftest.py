@@ -1,61 +1,23 @@
-"""Two tiny models behind a real server on a free port of this machine, and what they say alone."""
+"""Two tiny models behind a real server."""
 
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
+from serving import Address, serving
 from tiny import family_model
 
 import lowbit
-from lowbit.serve.app import create_app
 from lowbit.serve.limits import Limits
-from lowbit.serve.run import Server, bound
 from lowbit.serve.served import Served
-from lowbit.serve.service import Service
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('system comes first') }}"
     "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-
-
-@dataclass(frozen=True)
-class Address:
-    """A running server: where it is, and what is behind it."""
-
-    url: str
-    service: Service
-    server: Server
-
-
-@contextmanager
-def serving(models: list[Served], limits: Limits) -> Iterator[Address]:
-    """A server in a thread of its own; engines stop with it."""
-    started = threading.Event()
-    urls: list[str] = []
-
-    def on_start(url: str) -> None:
-        urls.append(url)
-        started.set()
-
-    app = create_app(models, limits)
-    server = Server(app, bound("127.0.0.1", 0), on_start)
-    thread = threading.Thread(target=server.listen)
-    thread.start()
-    assert started.wait(20)
-    try:
-        yield Address(urls[0], app.state.service, server)
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="session")
@@ -94,11 +56,3 @@ def client(address: Address) -> Iterator[Any]:
 
     with openai.OpenAI(base_url=f"{address.url}/v1", api_key="any", max_retries=0) as found:
         yield found
-
-
-def greedy(model: Any, tokenizer: Any, text: str, new: int) -> list[int]:
-    """What transformers writes after a text."""
-    ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
-    with torch.inference_mode():
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
-    return [int(i) for i in out[0, ids.shape[1] :]]

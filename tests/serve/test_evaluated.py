@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import schemathesis
-from conftest import Address
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
+from serving import Address
 from transformers import PreTrainedTokenizerFast
 
 from lowbit.evaluation import lmeval

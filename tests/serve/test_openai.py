@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Address, greedy
+from serving import Address, greedy
 
 openai = pytest.importorskip("openai")
 
@@ -137,7 +137,9 @@ async def streamed(url: str, body: dict[str, Any]) -> str:
     """The text of one stream, over a connection of its own."""
     reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
     data = json.dumps(body | {"stream": True})
-    head = f"Host: x\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = (
+        f"Host: localhost\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
     writer.write(f"POST /v1/completions HTTP/1.1\r\n{head}{data}".encode())
     events = re.findall(r"^data: (.*?)$", (await reader.read()).decode(), re.MULTILINE)
     writer.close()

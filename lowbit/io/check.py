@@ -24,7 +24,7 @@ from lowbit.io.opening import LowBit, open_low_bit
 from lowbit.io.pickles import refuse_pickles
 from lowbit.models.store import read_json
 
-Status = Literal["opened", "not installed", "failed"]
+Status = Literal["opened", "not installed", "not asked", "failed"]
 TOKENS = 256
 ROUNDING = 1e-6
 """Packages that multiply float32 scales in another order than lowbit end within this of its weights."""
@@ -49,7 +49,7 @@ class Verdict:
     reader: str
     status: Status
     detail: str = ""
-    """What to install, or why it failed."""
+    """What to install, or why it failed or was not asked."""
     equal: int = 0
     tensors: int = 0
     kl: float | None = None
@@ -94,6 +94,8 @@ class Reader:
     """Modules that must be installed."""
     layouts: frozenset[str]
     read: Callable[[Subject], Found]
+    ours: bool = False
+    """Whether it believes nothing unchecked; where it refuses files, no other reader is given them."""
 
 
 def layout_of(path: Path) -> str:
@@ -135,10 +137,13 @@ def check(
     """Let every reader of the layout open the files, one after the other; a reader that fails is a line, no error.
 
     ``against`` is a low-bit model of any layout, by default what the files say they were exported from. Without it,
-    readers only open the files. Logits are compared on the first ``tokens`` of a text, in float32. Memory: the model
-    twice. Raises ModelError and CheckpointError for what no reader could open.
+    readers only open the files. Files that our own reader refuses are given to no other. Logits are compared on the
+    first ``tokens`` of a text, in float32. Memory: the model twice. Raises ModelError and CheckpointError for what
+    no reader could open.
     """
     from lowbit.io.readers import READERS
+    from lowbit.models.gguf import plain
+    from lowbit.models.gguf_header import check_header
 
     layout, found = layout_of(path), against or reference_of(path)
     reference = None if found is None else open_low_bit(found)
@@ -149,18 +154,25 @@ def check(
         )  # fmt: skip
     ids = torch.arange(64) if reference is None else sample_tokens(reference, tokens)
     subject = Subject(path, layout, reference, ids)
+    if layout == "gguf":
+        check_header(plain(path))
     expected: Tensor | None = None
-    verdicts = []
+    verdicts: list[Verdict] = []
+    refused = False
     for reader in READERS if readers is None else readers:
         if layout not in reader.layouts:
             continue
         if missing := [name for name in reader.needs if find_spec(name) is None]:
             verdicts.append(Verdict(reader.name, "not installed", f"pip install {' '.join(missing)}"))
             continue
+        if refused:
+            verdicts.append(Verdict(reader.name, "not asked", "lowbit refuses the files"))
+            continue
         try:
             read = reader.read(subject)
         except Exception as error:  # somebody else's code on files that may be wrong: whatever it raises is the finding
             verdicts.append(Verdict(reader.name, "failed", _short(error), tensors=0))
+            refused |= reader.ours
             continue
         kl = agree = None
         if read.logits is not None and reference is not None:

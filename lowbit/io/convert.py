@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from lowbit.io.folder import require_free
 from lowbit.io.importing import import_low_bit
 from lowbit.io.opening import LowBit, open_native
 from lowbit.io.rounding import Rounded
-from lowbit.io.storage import storage, write_json
+from lowbit.io.storage import NOTHING_LEFT, storage, write_json
 
 NATIVE = "lowbit"
 
@@ -46,13 +47,16 @@ def convert(
 def _gguf(model: LowBit, kind: str | None, out: Path) -> Exported:
     from lowbit.io.gguf.write import write
 
-    if out.exists() or out.suffix != ".gguf":
-        what = "exists" if out.exists() else "is no name of a .gguf file"
-        raise ExportError(what, where=str(out), why="nothing is overwritten", fix="-o FILE.gguf")
-    with storage(out):
+    if out.suffix != ".gguf":
+        raise ExportError("is no name of a .gguf file", where=str(out), fix="-o FILE.gguf")
+    note = out.with_name(f"{out.name}.{PROVENANCE}")
+    for path in (out, note):
+        if os.path.lexists(path):
+            raise ExportError("exists", where=str(path), why="nothing is overwritten", fix="another -o FILE.gguf")
+    with storage(out, NOTHING_LEFT):
         out.parent.mkdir(parents=True, exist_ok=True)
     notes = write(model, out, kind)
     layout = f"gguf:{kind}" if kind else "gguf"
-    with storage(out):
-        write_json(out.with_name(f"{out.name}.{PROVENANCE}"), provenance(model, layout, tuple(notes), out.parent))
+    with storage(note, f"{out.name} is whole"):
+        write_json(note, provenance(model, layout, tuple(notes), out.parent), shared=True)
     return Exported(out, layout, out.stat().st_size, len(model.specs), tuple(notes))

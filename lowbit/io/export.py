@@ -5,7 +5,7 @@
     out/tokenizer*, generation_config.json, ...
     out/lowbit.export.json             what it was made from, and how
 
-Nothing is rounded: a layout holds the codes as they are, or the export is refused before a byte is written.
+Nothing is rounded: a layout holds the codes as they are, or the export is refused and nothing appears.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lowbit.io.interchange.base import Layout, LayoutClass, LowBitModel
 from lowbit.io.interchange.dense import Dense
 from lowbit.io.interchange.rows import hollow, take_rows
 from lowbit.io.opening import Group, LowBit
-from lowbit.io.storage import storage, write_json, write_tensors
+from lowbit.io.storage import NOTHING_LEFT, storage, write_json, write_tensors
 from lowbit.models.graph import is_linear, matrix
 from lowbit.models.store import INDEX, SINGLE
 
@@ -71,7 +71,7 @@ def export(
     names = HubNames(model.source)
     layout = planned(model, names, registry.layout(to))
     biases = with_biases(model.source, model.config, model.added)
-    with whole_folder(out) as folder, storage(out):
+    with whole_folder(out) as folder, storage(out, NOTHING_LEFT):
         model.companions(folder)
         shards = _Shards(folder, shard_bytes)
         for done, group in enumerate(model.groups()):
@@ -96,8 +96,8 @@ def planned(model: LowBit, names: HubNames, cls: LayoutClass) -> Layout:
     if refused:
         first = sorted(refused)[:_SHOWN]
         more = f", and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
-        fixes = Counter(fix for _, fix in refused.values() if fix)
         able = next((n for n in registry.LOW_BIT if n != cls.name and _able(n, specs, inputs)), "bf16")
+        fixes = Counter(fix for _, fix in refused.values() if fix and fix != f"--to {able}")
         raise ExportError(
             f"cannot hold {len(refused)} of {len(specs)} linears: " + ", ".join(first) + more, where=cls.name,
             why="; ".join(dict.fromkeys(why for why, _ in refused.values())),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lowbit.errors import StorageError
-from lowbit.io.storage import storage
+from lowbit.io.storage import NOTHING_LEFT, storage
 
 
 @contextlib.contextmanager
@@ -20,7 +20,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """
     require_free(out)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    with storage(out):
+    with storage(out, NOTHING_LEFT):
         partial.parent.mkdir(parents=True, exist_ok=True)
         for left in partial.parent.glob(f".{out.name}.partial-*"):
             if left == partial or not _alive(left.name.rpartition("-")[2]):
@@ -28,7 +28,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         partial.mkdir()
     try:
         yield partial
-        with storage(out):
+        with storage(out, NOTHING_LEFT):
             for path in (*partial.rglob("*"), partial):
                 _sync(path)
             require_free(out)
@@ -39,7 +39,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def require_free(out: Path) -> None:
-    """Raises StorageError unless nothing is there, or an empty directory."""
+    """Raises StorageError unless nothing is there, or an empty directory. A link to nothing is something."""
+    if out.is_symlink() and not out.exists():
+        raise StorageError("is a link to nothing", where=str(out), why="nothing is overwritten", fix="another -o")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "is not empty" if out.is_dir() else "is a file"
         raise StorageError(what, where=str(out), why="nothing is overwritten", fix="another -o")

@@ -26,7 +26,7 @@ from lowbit.io.native import copy_companions
 from lowbit.io.pickles import refuse_pickles
 from lowbit.io.reading import is_native, settings, verify
 from lowbit.models.source import Source
-from lowbit.models.store import Files, TensorStore, read_json
+from lowbit.models.store import Files, TensorStore, read_json, require_counts
 
 REST = ""
 """The name of the group that holds what lies outside of all blocks."""
@@ -117,6 +117,8 @@ def skeleton(name: str, config: Mapping[str, Any], store: TensorStore, root: Pat
             why="code from model folders is never run, also where auto_map asks for it",
             fix="a model that transformers supports itself",
         )  # fmt: skip
+    if root is not None:  # the reader of a GGUF file has held its counts against its tensors
+        require_counts(config, store, where)
     try:
         return Source(name, CONFIG_MAPPING[kind].from_dict(dict(config)), store, root)
     except LowbitError:

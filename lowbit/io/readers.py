@@ -156,7 +156,7 @@ def _vllm(subject: Subject) -> Found:
 
 
 READERS: tuple[Reader, ...] = (
-    Reader("lowbit import", (), _TORCH | {"gguf"}, _ours),
+    Reader("lowbit import", (), _TORCH | {"gguf"}, _ours, ours=True),
     Reader("transformers", (), frozenset({"dense", "lowbit"}), _transformers),
     Reader("transformers (gptq)", ("optimum", "gptqmodel"), frozenset({"gptq", "gptq-v2"}), _transformers),
     Reader("transformers (awq)", ("gptqmodel", "accelerate"), frozenset({"awq"}), _transformers),

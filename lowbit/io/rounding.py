@@ -25,18 +25,19 @@ from lowbit.io.export import planned
 from lowbit.io.hubnames import HubNames
 from lowbit.io.importing import import_low_bit
 from lowbit.io.interchange import registry
-from lowbit.io.interchange.rows import hollow
+from lowbit.io.interchange.base import Layout
+from lowbit.io.interchange.rows import hollow, take_rows
 from lowbit.io.opening import Group, LowBit
 
 _GROUPS = ("g128", "g64", "g32", "row")
 CANDIDATES = {
-    "gptq": [f"int{b}-{g}{s}" for b in (4, 8, 3, 2) for g in _GROUPS for s in ("-sym", "")],
+    "gptq": [f"int{b}-{g}-sym" for b in (4, 8, 3, 2) for g in _GROUPS],  # version 1 cannot store a zero of 0
+    "gptq-v2": [f"int{b}-{g}{s}" for b in (4, 8, 3, 2) for g in _GROUPS for s in ("-sym", "")],
     "awq": [f"int4-{g}" for g in _GROUPS[:3]],
     "compressed-tensors": [f"int{b}-{g}{s}" for b in (4, 8, 3, 2) for g in _GROUPS for s in ("-sym", "")],
     "bnb": ["nf4", "nf4-dq", "fp4", "int8-row-sym"],
 }
 """Formats to round to, by layout, where the user names none."""
-CANDIDATES["gptq-v2"] = CANDIDATES["gptq"]
 
 
 class Change(NamedTuple):
@@ -83,9 +84,12 @@ class Rounded:
         square = float(old.double().square().sum())
         self.changes.append(
             Change(
-                site, self.format.name, float(error.abs().max()), float(error.square().mean().sqrt()),
+                site,
+                self.format.name,
+                float(error.abs().max()),
+                float(error.square().mean().sqrt()),
                 float(error.square().sum()) / square if square else 0.0,
-            )  # fmt: skip
+            )
         )
         return new
 
@@ -93,6 +97,8 @@ class Rounded:
 def to_fit(model: LowBit, to: str, format: str | None = None) -> Rounded:
     """``model`` rounded to ``format``, or to the layout's own nearest in bits, as few linears as the layout allows.
 
+    Linears that the layout refuses by their numbers (scales that are not float16, a zero of 0) are among them: cost one
+    reading and packing of the others.
     Raises ExportError when no format of the list makes the model fit, and RecipeError for an unknown ``format``.
     """
     names, cls = HubNames(model.source), registry.layout(to)
@@ -100,17 +106,34 @@ def to_fit(model: LowBit, to: str, format: str | None = None) -> Rounded:
     why: ExportError | None = None
     for fmt in [preset(format)] if format else _nearest(model, to):
         for sites in dict.fromkeys((held, frozenset(model.specs))):
-            found = Rounded(model, fmt, sites)
             try:
-                planned(found.rounded(), names, cls)
+                layout = planned(Rounded(model, fmt, sites).rounded(), names, cls)
+                if len(sites) < len(model.specs) and (more := _refused_by_value(model, names, layout, sites)):
+                    sites |= more
+                    planned(Rounded(model, fmt, sites).rounded(), names, cls)
             except ExportError as error:
                 why = error
             else:
-                return found
+                return Rounded(model, fmt, sites)
     raise ExportError(
         f"no format of {to} takes this model" if format is None else f"{to} cannot hold {format}", where=to,
         why="" if why is None else str(why.why or why.what), fix="" if why is None else why.fix,
     )  # fmt: skip
+
+
+def _refused_by_value(model: LowBit, names: HubNames, layout: Layout, rounded: frozenset[str]) -> frozenset[str]:
+    """Linears, of those that stay as they are, whose numbers the layout cannot hold although it has their format."""
+    found = set()
+    for group in model.groups():
+        for site, q in group.codes.items():
+            if site in rounded:
+                continue
+            try:
+                for part in names.parts(site):
+                    layout.pack(part.site, take_rows(q, part.rows), group.inputs.get(site))
+            except ExportError:
+                found.add(site)
+    return frozenset(found)
 
 
 def text_cost(

@@ -18,6 +18,8 @@ from lowbit.arrays import Tensor
 from lowbit.errors import StorageError
 
 LOCK = ".lowbit-lock"
+KEPT = "finished blocks are kept"
+NOTHING_LEFT = "what was begun is removed"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -27,9 +29,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         _sort_metadata(partial)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file for people and programs; raises OSError, leaving no partial file."""
-    with partial_file(path) as partial:
+def write_json(path: Path, value: Any, *, shared: bool = False) -> None:
+    """A JSON file for people and programs; raises OSError, leaving no partial file. See :func:`partial_file`."""
+    with partial_file(path, shared=shared) as partial:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -46,9 +48,15 @@ def _sort_metadata(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def partial_file(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes ``path``, durably, when the body has written it."""
+def partial_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """A temporary name that becomes ``path``, durably, when the body has written it.
+
+    In a directory that this process does not own (``shared``) the name is its own, and what others have is left alone.
+    """
     partial = path.with_name(path.name + ".partial")
+    if shared:
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial.open("xb").close()
     try:
         yield partial
         with partial.open("rb") as f:
@@ -65,15 +73,15 @@ def partial_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def storage(out: Path) -> Iterator[None]:
-    """Disk trouble in the body as one StorageError that names ``out``."""
+def storage(out: Path, left: str = KEPT) -> Iterator[None]:
+    """Disk trouble in the body as one StorageError that names ``out``, and what is ``left`` of the work."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         raise StorageError(
             "the disk is full" if full else f"cannot be written: {error}", where=str(out),
-            why="finished blocks are kept", fix="make room, then the same command again" if full else "",
+            why=left, fix="make room, then the same command again" if full else "",
         ) from error  # fmt: skip
 
 

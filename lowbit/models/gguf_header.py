@@ -1,8 +1,9 @@
 """A look through the header of an untrusted GGUF file before a reader that trusts it is let in.
 
 The ``gguf`` reader maps the file and follows its counts: an array that claims 2^60 numbers keeps it busy for ever, and
-dimensions whose product overflows give a tensor of another size. This walks the same header with every count, length
-and offset held against the size of the file, and allocates nothing that is larger.
+dimensions whose product overflows give a tensor of another size, and every element of an array becomes an object of
+Python. This walks the same header with every count, length and offset held against the size of the file, arrays
+against the largest that a vocabulary needs, and allocates nothing that is larger.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ _MAX_HEADER = 1 << 30
 _MAX_DIMENSIONS = 4
 _MAX_ELEMENTS = 1 << 40
 _MAX_ALIGNMENT = 1 << 20
+_MAX_ARRAY = 1 << 20  # entries; vocabularies and their merges are a quarter of it
+_MAX_ARRAYS = 1 << 22  # entries of all arrays
 
 
 class _Header:
     """The bytes of a file from its beginning; raises ValueError past its end."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self.size, self.at = file, size, 0
+        self._file, self.size, self.at, self._entries = file, size, 0, 0
 
     def number(self, form: str) -> int:
         return int(struct.unpack("<" + form, self.take(struct.calcsize(form)))[0])
@@ -55,11 +58,12 @@ class _Header:
             self.skip(self.number("Q"))
         elif kind == _ARRAY:
             inner, count = self.number("I"), self.number("Q")
+            self._entries += count
+            if count > _MAX_ARRAY or self._entries > _MAX_ARRAYS:
+                raise ValueError(f"an array of {count} entries, {self._entries} in all arrays")
             if inner in _SIZES:
                 self.skip(count * _SIZES[inner])
             elif inner == _STRING:
-                if count > (self.size - self.at) // 8:
-                    raise ValueError(f"an array of {count} strings")
                 for _ in range(count):
                     self.skip(self.number("Q"))
             else:

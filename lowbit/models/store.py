@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +21,9 @@ from lowbit.errors import ModelError, WeightError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MAX_JSON = 64 << 20
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @runtime_checkable
@@ -126,20 +132,62 @@ class Memory:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of at most 64 MiB; raises ModelError otherwise."""
+    """A JSON object from a regular file of at most 64 MiB; raises ModelError otherwise.
+
+    JSON as RFC 8259 has it: no NaN, no infinity (``1e999`` is one), no half of a surrogate pair.
+    """
     try:
-        if path.stat().st_size > _MAX_JSON:
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise ModelError("is no regular file", where=str(path), fix="a Hugging Face model directory")
+        if state.st_size > _MAX_JSON:
             raise ModelError(f"larger than {_MAX_JSON >> 20} MiB", where=str(path), why="no such file is this large")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        if _SURROGATE.search(text):  # an escaped half of a character has no UTF-8, and so no digest
+            json.dumps(value, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise ModelError("does not exist", where=str(path), fix="a Hugging Face model directory") from None
     except OSError as error:
         raise ModelError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"is not JSON: {error}", where=str(path)) from error
     if not isinstance(value, dict):
         raise ModelError("is not a JSON object", where=str(path))
     return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return value
+
+
+def require_counts(config: Mapping[str, Any], store: TensorStore, where: str) -> None:
+    """Raises ModelError unless an untrusted configuration counts no more layers and experts than files can hold.
+
+    To be called before a model is built, which takes time and memory for every layer. Layers have a tensor each;
+    experts have one each, or are slices of one along its first dimension.
+    """
+    names = list(store.names())
+    for key in (*_LAYERS, *_EXPERTS):
+        count = config.get(key)
+        if count is None:
+            continue
+        if type(count) is not int or count < 0:
+            raise ModelError(f"{key} is {str(count)[:50]!r}", where=where, why="it is a whole number")
+        most = len(names)
+        if count > most and key in _EXPERTS:
+            most = max((most, *(n for name in names for n in store.shape(name)[:1])))
+        if count > most:
+            raise ModelError(
+                f"{key} is {str(count)[:50]}, the files hold {len(names)} tensors", where=where,
+                why="the configuration is of another model, or was altered",
+            )  # fmt: skip
+    for part in config.values():
+        if isinstance(part, Mapping):  # text_config and the like
+            require_counts(part, store, where)
 
 
 def weight_files(root: Path) -> list[Path]:
@@ -155,13 +203,13 @@ def weight_files(root: Path) -> list[Path]:
         for name in names:
             if "/" in name or "\\" in name or name.startswith("."):
                 raise ModelError(f"names a file outside its directory: {name!r}", where=str(root / INDEX))
-            if not (root / name).is_file():
+            if not _is_file(root / name):
                 raise ModelError(
                     f"the shard {name!r} is missing", where=str(root),
                     why="a model cannot be read without all its shards", fix="download the directory again",
                 )  # fmt: skip
         return [root / name for name in names]
-    if (root / SINGLE).exists():
+    if _is_file(root / SINGLE):
         return [root / SINGLE]
     if any(root.glob("*.bin")):
         raise ModelError(
@@ -169,3 +217,10 @@ def weight_files(root: Path) -> list[Path]:
             fix="convert it to safetensors where you trust it",
         )  # fmt: skip
     raise ModelError("holds no model.safetensors", where=str(root), fix="a Hugging Face directory or a .gguf file")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()  # no pipe or device, which would be waited for
+    except OSError:  # a name that is too long
+        return False

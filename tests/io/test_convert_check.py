@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace as dc_replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from whole_runs import quantize
 
-from lowbit.errors import CheckpointError, ExportError
-from lowbit.io.check import Found, Reader, check, divergence, layout_of, reference_of
+from lowbit.errors import CheckpointError, ExportError, ModelError, StorageError
+from lowbit.formats.pack import Codes
+from lowbit.formats.qtensor import Affine
+from lowbit.io.check import Found, Reader, Subject, check, divergence, layout_of, reference_of
 from lowbit.io.convert import convert
 from lowbit.io.engines import RULES, Files, expected, warnings, will_load
 from lowbit.io.export import export
-from lowbit.io.opening import open_low_bit
+from lowbit.io.opening import Group, LowBit, open_low_bit
 from lowbit.io.readers import READERS
 from lowbit.io.rounding import to_fit
 
@@ -85,6 +90,50 @@ def test_readers_confirm_a_good_export_and_expose_a_bad_one(int4: Path, tmp_path
         check(out, readers=(ours,))
 
 
+def test_files_that_lowbit_refuses_are_given_to_no_other(int4: Path, tmp_path: Path) -> None:
+    def refuse(_: Subject) -> Found:
+        raise CheckpointError("hostile")
+
+    asked: list[Subject] = []
+    layouts = frozenset({"compressed-tensors", "gguf"})
+    ours = Reader("ours", (), layouts, refuse, ours=True)
+    other = Reader("other", (), layouts, lambda subject: asked.append(subject) or Found())  # type: ignore[func-returns-value]
+    export(open_low_bit(int4), "compressed-tensors", tmp_path / "e")
+    seen = check(tmp_path / "e", readers=(ours, other))
+    assert [(v.status, v.detail) for v in seen][1] == ("not asked", "lowbit refuses the files")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes([255] * 64))
+    with pytest.raises(ModelError, match="is no whole GGUF file"):
+        check(tmp_path / "m.gguf", readers=(other,))
+    assert not asked
+    assert [r.name for r in READERS if r.ours] == ["lowbit import"]
+    assert READERS[0].ours
+
+
+def test_numbers_that_a_layout_cannot_hold_are_rounded_too(int4: Path, tmp_path: Path) -> None:
+    model = open_low_bit(int4)
+    site = next(iter(model.specs))
+    exact = next(q for g in model.groups() for s, q in g.codes.items() if s == site)
+    assert isinstance(exact, Affine)
+    assert isinstance(exact.zero, Codes)
+
+    def changed(**parts: Any) -> LowBit:
+        def groups() -> Iterator[Group]:
+            for group in model.groups():
+                codes = {s: dc_replace(q, **parts) if s == site else q for s, q in group.codes.items()}
+                yield dc_replace(group, codes=codes)
+
+        return dc_replace(model, groups=groups)
+
+    zero = changed(zero=Codes.of(torch.zeros_like(exact.zero.unpack()), 16))
+    with pytest.raises(ExportError, match="a zero is 0"):
+        convert(zero, "gptq", tmp_path / "v1")
+    rounded = to_fit(zero, "gptq")
+    convert(zero, "gptq", tmp_path / "v1", rounded=rounded)
+    assert site in {change.site for change in rounded.changes}
+    assert rounded.format.name == "int4-g32-sym"
+    assert not to_fit(zero, "gptq-v2").sites
+
+
 def test_divergence_is_that_of_its_definition() -> None:
     p, q = (torch.randn(5, 7, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     one, other = (np.exp(x.numpy().astype(np.float64)) for x in (p, q))
@@ -130,15 +179,28 @@ def test_the_page_shows_every_rule() -> None:
         )
 
 
-def test_gguf_there_and_back(llama: Path, tmp_path: Path) -> None:
+def test_gguf_there_and_back(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile", None)  # would go to $TMPDIR
     quantize(llama, tmp_path / "q", None, "rtn:q8_0")
     native = open_low_bit(tmp_path / "q")
+    others = [tmp_path / "m.gguf.lowbit.export.json", tmp_path / "m.gguf.partial"]
+    for other in others:
+        other.write_text("{}")
+    with pytest.raises(ExportError, match=r"m\.gguf\.lowbit\.export\.json: exists"):
+        convert(native, "gguf", tmp_path / "m.gguf")
+    others[0].unlink()
     done = convert(native, "gguf", tmp_path / "m.gguf")
+    assert others[1].read_text() == "{}"
+    assert len(list(tmp_path.glob("m.*"))) == 3
     assert done.nbytes == (tmp_path / "m.gguf").stat().st_size
     for one, other in zip(native.groups(), open_low_bit(tmp_path / "m.gguf").groups(), strict=True):
         assert {s: q.spec() for s, q in one.codes.items()} == {s: q.spec() for s, q in other.codes.items()}
         assert all(torch.equal(q.decode(), other.codes[site].decode()) for site, q in one.codes.items())
     readers = [r for r in READERS if r.name in ("lowbit import", "gguf")]
     assert [(v.equal, v.tensors) for v in check(tmp_path / "m.gguf", readers=readers)] == [(21, 21), (14, 14)]
-    with pytest.raises(ExportError, match="exists"):
-        convert(native, "gguf", tmp_path / "m.gguf")
+    (tmp_path / "nowhere.gguf").symlink_to(tmp_path / "nothing")
+    for name in ("m.gguf", "nowhere.gguf"):
+        with pytest.raises(ExportError, match="exists"):
+            convert(native, "gguf", tmp_path / name)
+    with pytest.raises(StorageError, match="is a link to nothing"):
+        convert(native, "bf16", tmp_path / "nowhere.gguf")

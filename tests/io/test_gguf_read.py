@@ -15,6 +15,7 @@ from gguf_models import FORMATS, family, values_of, written
 from lowbit.arrays import Tensor
 from lowbit.errors import CheckpointError, LowbitError, ModelError
 from lowbit.formats.qtensor import QTensor
+from lowbit.io.gguf.metadata import config_of
 from lowbit.io.gguf.read import GgufModel, read
 from lowbit.io.gguf.write import write
 from lowbit.io.opening import open_low_bit
@@ -126,8 +127,10 @@ def info(name: str, shape: tuple[int, ...], kind: int, offset: int = 0) -> bytes
     [
         (b"GGUX" + bytes(40), "first bytes"),
         (header(count=1 << 60), "tensors and 0 values"),
-        (header(string("a") + struct.pack("<IIQ", 9, 4, 1 << 60)), "reach beyond the end"),
-        (header(string("a") + struct.pack("<IIQ", 9, 8, 1 << 60)), "an array of 1152921504606846976 strings"),
+        (header(string("a") + struct.pack("<IIQ", 9, 4, 1 << 19)), "reach beyond the end"),
+        (header(string("a") + struct.pack("<IIQ", 9, 8, 1 << 60)), "an array of 1152921504606846976 entries"),
+        (header(string("a") + struct.pack("<IIQ", 9, 0, 2_000_000) + bytes(2_000_000)), "an array of 2000000 entries"),
+        (header(*[string(n) + struct.pack("<IIQ", 9, 0, 1 << 20) + bytes(1 << 20) for n in "abcde"]), "5242880 in all"),
         (header(string("a") + struct.pack("<IIQIQ", 9, 9, 1, 9, 1)), "values of type 9"),
         (header(string("a") + struct.pack("<I", 77)), "a value of type 77"),
         (header(struct.pack("<Q", 1 << 40)), "reach beyond the end"),
@@ -197,6 +200,32 @@ def test_a_header_that_contradicts_its_tensors_is_refused(
     path = written("llama", tmp_path_factory).path
     with pytest.raises(CheckpointError, match=why):
         read(edit(path, key, value, tmp_path / "edited.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.attention.head_count", False),
+        ("llama.attention.head_count", 2.0),
+        ("llama.block_count", True),
+        ("llama.rope.dimension_count", 15),
+        ("llama.rope.dimension_count", 64),
+        ("llama.rope.dimension_count", 16.0),
+        ("llama.rope.freq_base", True),
+        ("llama.rope.freq_base", 0.0),
+        ("llama.attention.layer_norm_rms_epsilon", True),
+        ("stablelm.use_parallel_residual", 1),
+    ],
+)
+def test_a_value_is_of_the_type_that_its_key_has(
+    key: str, value: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    reader = GGUFReader(written(key.partition(".")[0], tmp_path_factory).path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
+    config_of(fields, shapes, None)
+    with pytest.raises(CheckpointError, match=f"{key}: is "):
+        config_of(fields | {key: value}, shapes, None)
 
 
 def test_other_architectures_and_types_are_refused_by_name(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from lowbit.models import store
 from lowbit.models.gguf import check
 from lowbit.models.resolve import locate, open_model
 from lowbit.models.source import of_directory
-from lowbit.models.store import INDEX, Files, Memory, TensorStore, read_json
+from lowbit.models.store import INDEX, Files, Memory, TensorStore, read_json, require_counts
 
 WEIGHTS = "model.safetensors"
 
@@ -85,6 +87,20 @@ def config(text: str) -> Callable[[Path], None]:
     return damage
 
 
+def pipe(name: str) -> Callable[[Path], None]:
+    """A named pipe, which a reader would wait for."""
+
+    def damage(root: Path) -> None:
+        (root / name).unlink()
+        os.mkfifo(root / name)
+
+    return damage
+
+
+def index_of_a_long_name(root: Path) -> None:
+    (root / INDEX).write_text(json.dumps({"weight_map": {"x": "a" * 300}}))
+
+
 def config_with(**changes: Any) -> Callable[[Path], None]:
     return lambda root: edit(root / "config.json", **changes)
 
@@ -101,6 +117,14 @@ def config_with(**changes: Any) -> Callable[[Path], None]:
         (missing_shard, r"the shard 'b\.safetensors' is missing"),
         (index_leaves, r"index\.json: names a file outside its directory: '\.\./model/a\.safetensors'"),
         (index_hidden, r"names a file outside its directory: '\.\.'"),
+        (index_of_a_long_name, "the shard 'a+' is missing"),
+        (pipe(WEIGHTS), r"holds no model\.safetensors"),
+        (pipe("config.json"), r"config\.json: is no regular file"),
+        (config('{"a": NaN}'), r"config\.json: is not JSON: NaN is no finite number"),
+        (config('{"a": -Infinity}'), "is not JSON: -Infinity is no finite"),
+        (config('{"a": 1e999}'), "is not JSON: 1e999 is no finite"),
+        (config('{"a": "\\ud800"}'), "is not JSON: 'utf-8' codec"),
+        (config(f'{{"a": {"1" * 5000}}}'), "is not JSON"),
         (index_without_map, r"index\.json: has no weight_map"),
         (config("{"), r"config\.json: is not JSON"),
         (config("[" * 100_000), r"config\.json: is not JSON"),
@@ -118,6 +142,30 @@ def test_a_directory_that_is_no_readable_model(copy: Path, damage: Callable[[Pat
     with pytest.raises(ModelError, match=message) as caught:
         of_directory(copy)
     assert "model" in str(caught.value)  # the directory is named
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"num_hidden_layers": 1 << 40}, "num_hidden_layers is 1099511627776, the files hold 2 tensors"),
+        ({"n_layer": 1e30}, r"n_layer is '1e\+30'"),
+        ({"n_layers": True}, "n_layers is 'True'"),
+        ({"num_layers": -1}, "num_layers is '-1'"),
+        ({"text_config": {"num_hidden_layers": 3}}, "num_hidden_layers is 3"),
+        ({"n_routed_experts": 9}, "n_routed_experts is 9"),
+        ({"num_hidden_layers": 2, "num_experts": 8, "num_local_experts": None}, ""),  # eight slices of one tensor
+    ],
+)
+def test_a_configuration_counts_no_more_than_its_files_hold(said: dict[str, Any], why: str) -> None:
+    files = Memory({"experts": torch.zeros(8, 2), "norm": torch.zeros(2)})
+    with pytest.raises(ModelError, match=why) if why else nullcontext():
+        require_counts(said, files, "config.json")
+
+
+def test_emoji_in_json_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"a": "\U0001f600"}))
+    assert "ud83d" in (tmp_path / "a.json").read_text()
+    assert read_json(tmp_path / "a.json") == {"a": "\U0001f600"}
 
 
 def test_code_in_a_model_folder_is_not_run(copy: Path) -> None:
@@ -168,7 +216,7 @@ def test_a_directory_without_tokenizer_says_so(copy: Path) -> None:
 
 
 def test_large_json_is_refused_before_it_is_read(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelError, match="cannot be read: Is a directory"):
+    with pytest.raises(ModelError, match="is no regular file"):
         read_json(copy)
     monkeypatch.setattr(store, "_MAX_JSON", 100)
     with pytest.raises(ModelError, match="larger than"):

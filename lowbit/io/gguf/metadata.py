@@ -55,6 +55,8 @@ _ASSUMED: dict[str, dict[str, Any]] = {
 }
 _SAME = {"gelu_new": "gelu_pytorch_tanh", "gelu": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
 _MOST = {"context_length": 1 << 24, "vocab_size": 1 << 24}
+_TRUTHS = ("use_parallel_residual",)
+_REALS = ("_epsilon", "rope.freq_base", "rope.scaling.factor")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -164,6 +166,8 @@ def _rope(own: Mapping[str, Any], head: int, arch: str, factors: Tensor | None) 
     theta = _number(own, "rope.freq_base", arch) if "rope.freq_base" in own else 10000.0
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     rotated = _number(own, "rope.dimension_count", arch) if "rope.dimension_count" in own else head
+    if rotated % 2 or rotated > head:
+        raise CheckpointError(f"is {rotated}", where=f"{arch}.rope.dimension_count", why=f"a head has {head}, in pairs")
     if rotated != head:
         rope["partial_rotary_factor"] = rotated / head
     scaling = own.get("rope.scaling.type", "none")
@@ -214,12 +218,17 @@ def _family(found: Mapping[str, Any]) -> Family:
 
 
 def _number(own: Mapping[str, Any], key: str, arch: str) -> Any:
-    """A positive number, or a truth value; float32 as the shortest decimal that means it."""
+    """What a key may hold: a truth value, a positive real number, or else a positive count.
+
+    A float32 comes as the shortest decimal that means it.
+    """
     value = own.get(key)
-    if type(value) is bool:
-        return value
-    if type(value) is float and 0 < value < float("inf"):
-        return float(str(np.float32(value)))
-    if type(value) is int and 0 < value <= _MOST.get(key, 1 << 20):
+    if key in _TRUTHS:
+        if type(value) is bool:
+            return value
+    elif key.endswith(_REALS):
+        if isinstance(value, int | float) and type(value) is not bool and 0 < value < float("inf"):
+            return float(str(np.float32(value)))
+    elif type(value) is int and 0 < value <= _MOST.get(key, 1 << 20):
         return value
     raise CheckpointError(f"is {str(value)[:50]!r}", where=f"{arch}.{key}", why="no such model", fix="another file")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -21,7 +22,7 @@ from lowbit.io.gguf.metadata import Written, keys_of
 from lowbit.io.gguf.names import Names, Place
 from lowbit.io.gguf.tokenizer import write_tokenizer
 from lowbit.io.opening import Group, LowBit
-from lowbit.io.storage import partial_file, storage
+from lowbit.io.storage import NOTHING_LEFT, partial_file, storage
 
 DENSE = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _FLOAT32 = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight")
@@ -46,19 +47,25 @@ def write(model: LowBit, out: Path, kind: str | None = None) -> list[str]:
     """Write ``model`` to the file ``out``; returns warnings. See :mod:`lowbit.io.gguf` for ``kind``.
 
     Nothing is rounded but by ``f16`` and ``bf16``. Raises ExportError for what GGUF or llama.cpp cannot hold, and
-    StorageError. Memory: one block of the model.
+    StorageError. Memory: one block of the model. Disk: twice the file while it is written, beside ``out``.
     """
     from gguf import GGUFWriter, LlamaFileType
 
     if kind is not None and kind not in kinds():
         raise ExportError(f"unknown GGUF type {kind!r}", fix=nearest(kind, kinds()))
-    if out.exists():
+    if os.path.lexists(out):
         raise StorageError("exists", where=str(out), why="nothing is overwritten", fix="another -o")
     head = keys_of(model.source.config, _inverse_frequencies(model))
     names = Names(model.source)
     warnings = [*head.warnings, *_unsaid(model)]
-    with storage(out), partial_file(out) as partial, tempfile.TemporaryDirectory() as companions:
+    with (
+        storage(out, NOTHING_LEFT),
+        partial_file(out, shared=True) as partial,
+        tempfile.TemporaryFile(dir=out.parent) as spool,
+        tempfile.TemporaryDirectory() as companions,
+    ):
         writer = GGUFWriter(partial, names.family.arch, use_temp_file=True)
+        writer.temp_file = cast(Any, spool)  # its own would be in $TMPDIR, which is often memory
         try:
             writer.add_type("model")
             writer.add_name(model.path.stem)

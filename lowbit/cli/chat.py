@@ -155,7 +155,7 @@ def _save(talk: Conversation, name: str) -> None:
     path = Path(name).expanduser()
     if path.exists():
         raise StorageError("exists", where=name, why="nothing is overwritten", fix="another name")
-    with storage(path):
+    with storage(path, "the conversation goes on"):
         write_json(path, {"messages": talk.messages})
     say(f"{len(talk.messages)} messages in {path}")
 

@@ -41,7 +41,7 @@ def sensitivity(
 ) -> None:
     """Predict the KL that each linear costs in each format, from one backward pass. Loads a block at a time."""
     quiet()
-    from lowbit.io.storage import storage, write_json
+    from lowbit.io.storage import NOTHING_LEFT, storage, write_json
     from lowbit.models.resolve import open_model
     from lowbit.pipeline.recipe import parse, with_calibration
     from lowbit.study.stages import torch_dtype
@@ -49,7 +49,7 @@ def sensitivity(
     names = _named(formats)
     parsed = with_calibration(parse(coded(recipe, names[0])), text=text, samples=samples, length=length, seed=seed)
     found = measured(open_model(model, say), parsed, names, torch_dtype(dtype))
-    with storage(out):
+    with storage(out, NOTHING_LEFT):
         write_json(out, found.model_dump(mode="json"))
     if report is not None:
         from lowbit.report import sensitivity_chart
@@ -132,7 +132,7 @@ def measured(source: Source, recipe: Recipe, formats: list[str], dtype: torch.dt
     from lowbit import digest
     from lowbit.calibration.synthetic import calibration_tokens
     from lowbit.cli.progress import Bars
-    from lowbit.io.storage import storage, write_json
+    from lowbit.io.storage import NOTHING_LEFT, storage, write_json
     from lowbit.pipeline.sensitivity import measure, read
 
     c = recipe.calibration
@@ -147,7 +147,7 @@ def measured(source: Source, recipe: Recipe, formats: list[str], dtype: torch.dt
             source, tokens, formats, dtype=dtype, encoder=encoder, options=options,
             on_block=lambda done, total: bars.update("sensitivity", done, total, "steps"),
         )  # fmt: skip
-    with storage(memo):
+    with storage(memo, NOTHING_LEFT):
         memo.parent.mkdir(parents=True, exist_ok=True)
         write_json(memo, found.model_dump(mode="json"))
     return found

@@ -61,7 +61,7 @@ def _require_data(folder: Path) -> None:
         text = path.read_text(encoding="utf-8", errors="replace")
         if found := next((mark for mark in _RUNS if mark in text), None):
             raise EvidenceError(
-                f"names Python to run ({found})", where=str(path), why="lm-eval would run it in this process, unguarded",
+                f"names Python to run ({found})", where=str(path), why="lm-eval would run it in this process",
                 fix="--allow-code if it is yours, or a folder without it",
             )  # fmt: skip
 

@@ -24,7 +24,7 @@ from lowbit.codec.identity import decode_and_hash
 from lowbit.codec.writing import Writer
 from lowbit.errors import CheckpointError, ModelError, StorageError
 from lowbit.io.plain import open_plain
-from lowbit.io.storage import LOCK, Lock, partial_file, storage
+from lowbit.io.storage import LOCK, NOTHING_LEFT, Lock, partial_file, storage
 
 Progress = Callable[[str, int, int, str], None]
 """Called with a task, what is done, of how much, and the unit."""
@@ -72,7 +72,7 @@ def _each(path: Path, out: Path, one: _OneFile, progress: Progress, what: str) -
     files = _files(path)
     total, reached, found = sum(file.stat().st_size for file in files), 0, []
     changed = False
-    with storage(out), _appearing(path, out) as target:
+    with storage(out, NOTHING_LEFT), _appearing(path, out) as target:
         for file in files:
             name = file.relative_to(path).as_posix() if path.is_dir() else file.name
             at = target / name if path.is_dir() else target

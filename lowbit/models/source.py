@@ -23,7 +23,7 @@ from lowbit import digest
 from lowbit.arrays import Tensor
 from lowbit.errors import LowbitError, ModelError, WeightError
 from lowbit.models.graph import Site, block_names, outside_blocks, sites_of, split_experts, stored
-from lowbit.models.store import Files, Memory, TensorStore, read_json
+from lowbit.models.store import Files, Memory, TensorStore, read_json, require_counts
 
 
 class Source:
@@ -175,7 +175,9 @@ def of_directory(root: Path, name: str | None = None) -> Source:
         raise ModelError("is already a low-bit checkpoint", where=str(root), fix="the original model")
     try:
         config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
-        return Source(name or root.resolve().name, config, Files(root), root)
+        files = Files(root)
+        require_counts(raw, files, str(root))
+        return Source(name or root.resolve().name, config, files, root)
     except LowbitError:
         raise
     except Exception as error:  # an untrusted configuration can make transformers and torch raise anything

@@ -9,8 +9,8 @@ import pytest
 from ran import Run
 
 COMMANDS = [
-    "inspect", "plan", "quantize", "compare", "advise", "export", "import", "convert", "check", "generate", "chat", "serve",
-    "doctor", "study run", "study show", "study report", "catalog add", "catalog compare",
+    "inspect", "plan", "quantize", "compare", "advise", "export", "import", "convert", "check", "generate", "chat",
+    "serve", "doctor", "study run", "study show", "study report", "catalog add", "catalog compare",
 ]  # fmt: skip
 
 

@@ -112,15 +112,21 @@ def described(model: LowBit, specs: Mapping[str, Spec], inputs: Mapping[str, Act
 
 
 def dense_sites(model: LowBit) -> tuple[str, ...]:
-    """Linears of the model, as files name them, that have no codes; the head counts, also where it is tied."""
+    """Linears of the model, as files name them, that have no codes; the head counts, also where it is tied.
+
+    A head goes by the model's name as well: GPT-NeoX files say ``embed_out``, and transformers looks for ``lm_head``.
+    """
     names, found = HubNames(model.source), []
+    inside = tuple(f"{block}." for block in model.source.blocks)
     for name, module in model.source.skeleton.named_modules():
         if is_linear(module) and name not in model.specs:
             try:
                 found += [part.site for part in names.parts(name)]
             except ExportError:
                 found.append(name)
-    return tuple(found)
+            if not name.startswith(inside):
+                found.append(name)
+    return tuple(dict.fromkeys(found))
 
 
 def file_specs(model: LowBit, names: HubNames) -> dict[str, Spec]:

@@ -163,7 +163,13 @@ def check(
         if layout not in reader.layouts:
             continue
         if missing := [name for name in reader.needs if find_spec(name) is None]:
-            verdicts.append(Verdict(reader.name, "not installed", f"pip install {' '.join(missing)}"))
+            verdicts.append(
+                Verdict(
+                    reader.name,
+                    "not installed",
+                    f"pip install {' '.join(missing).replace('_', '-').replace('llama-cpp', 'llama-cpp-python')}",
+                )
+            )
             continue
         if refused:
             verdicts.append(Verdict(reader.name, "not asked", "lowbit refuses the files"))

@@ -232,6 +232,10 @@ RULES: tuple[Rule, ...] = (
         architectures=_CONV1D,
     ),
     Rule(
+        "transformers", ">=5, with bitsandbytes", ("bnb",), "no", "its linears are of a class of their own",
+        "run with 5.23", architectures=("FalconForCausalLM",),
+    ),
+    Rule(
         "transformers", ">=5, with bitsandbytes", ("bnb",), "no",
         "it fuses experts while it loads, which it cannot do with codes", "run with 5.23", experts=True,
     ),

@@ -167,7 +167,7 @@ def check(
                 Verdict(
                     reader.name,
                     "not installed",
-                    f"pip install {' '.join(missing).replace('_', '-').replace('llama-cpp', 'llama-cpp-python')}",
+                    f"pip install {' '.join(missing).replace('llama_cpp', 'llama-cpp-python')}",
                 )
             )
             continue

@@ -65,7 +65,7 @@ _WRITTEN: dict[str, Written] = {}
 
 
 def written(model_type: str, factory: pytest.TempPathFactory) -> Written:
-    """One file a family and session; read only."""
+    """One file a family, made once; read only."""
     if model_type not in _WRITTEN:
         made = Written(family(model_type, FORMATS[model_type]), factory.mktemp(model_type) / "model.gguf")
         write(*made)

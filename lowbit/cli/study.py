@@ -40,7 +40,8 @@ def run(
     opened = _open(file, store)
     failed = run_grids(opened.folder, opened.study.name, opened.study.model_dump(), opened.grids, jobs, executor)
     html = report or opened.folder / "report.html"
-    show_reports(opened.folder, opened.study.name, opened.grids, "json" if as_json else output, html)
+    asked = opened.study.analyses
+    show_reports(opened.folder, opened.study.name, opened.grids, "json" if as_json else output, html, asked)
     if failed:
         raise typer.Exit(1)
 
@@ -74,7 +75,8 @@ def show(
         if row is not None and row.status == "failed":
             error = row.error or ""
             say(f"{cell.label}: {blocked_by(error) if error.startswith('not run:') else f'FAILED: {indented(error)}'}")
-    show_reports(opened.folder, opened.study.name, opened.grids, "json" if as_json else output)
+    asked = opened.study.analyses
+    show_reports(opened.folder, opened.study.name, opened.grids, "json" if as_json else output, None, asked)
 
 
 @app.command()
@@ -91,7 +93,8 @@ def report(
     from lowbit.cli.tables import show_reports
 
     opened = _open(file, store)
-    show_reports(opened.folder, opened.study.name, opened.grids, "none", out or opened.folder / "report.html")
+    html, asked = out or opened.folder / "report.html", opened.study.analyses
+    show_reports(opened.folder, opened.study.name, opened.grids, "none", html, asked)
 
 
 class _Opened(NamedTuple):

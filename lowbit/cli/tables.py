@@ -11,7 +11,7 @@ from typing import Literal
 
 from lowbit.cli.options import emit, say
 from lowbit.report import terminal, write
-from lowbit.report.model import Report
+from lowbit.report.model import Report, StudyReport
 from lowbit.study import assemble
 from lowbit.study.grid import Grid
 from lowbit.study.store import Store
@@ -19,36 +19,36 @@ from lowbit.study.store import Store
 Output = Literal["auto", "plain", "md", "json", "none"]
 
 
-def show_reports(folder: Path, name: str, grids: Sequence[Grid], output: Output, html: Path | None = None) -> None:
-    """Print a table a model, then the paths of the reports, one a model too (to standard error beside JSON).
+def show_reports(
+    folder: Path, name: str, grids: Sequence[Grid], output: Output, html: Path | None = None,
+    analyses: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Print a table a model and what the ``analyses`` found, then the path of the report (beside JSON: to stderr).
 
-    A model whose original is not scored yet has neither, and is named on standard error.
+    A model whose original is not scored yet is named on standard error; where no model's is, that is all.
     """
-    command = shlex.join(["lowbit", *sys.argv[1:]])
     with Store(folder, create=False) as store:
-        ready = [grid for grid in grids if _ready(store, grid)]
-        found = [(grid, assemble.report(store, name, grid, command=command)) for grid in ready]
-    if output == "json":
-        emit([json.loads(terminal.to_json(report)) for _, report in found])
-    elif output != "none":
-        for _, report in found:
-            _print(report, output, titled=len(grids) > 1)
-    if html is None:
+        found = assemble.study(store, name, grids, analyses, command=shlex.join(["lowbit", *sys.argv[1:]]), say=say)
+    if found is None:
         return
-    for grid, report in found:
-        path = html if len(grids) == 1 else html.with_stem(f"{html.stem}-{grid.model.strip('/').replace('/', '-')}")
-        write(report, path)
-        (say if output == "json" else print)(str(path))
+    if output == "json":
+        emit(json.loads(terminal.to_json(found)))
+    elif output != "none":
+        _print(found, output, titled=len(grids) > 1)
+    if html is not None:
+        write(found, html)
+        (say if output == "json" else print)(str(html))
 
 
-def _ready(store: Store, grid: Grid) -> bool:
-    if assemble.ready(store, grid):
-        return True
-    say(f"{grid.model}: no table, because {grid.reference.label!r} is not done")
-    return False
+def _print(found: StudyReport, output: Literal["auto", "plain", "md"], titled: bool) -> None:
+    for report in found.reports:
+        _print_model(report, output, titled)
+    for panel in found.panels:
+        print()
+        terminal.show_panel(panel, output)
 
 
-def _print(report: Report, output: Literal["auto", "plain", "md"], titled: bool) -> None:
+def _print_model(report: Report, output: Literal["auto", "plain", "md"], titled: bool) -> None:
     if titled and not (output == "auto" and sys.stdout.isatty()):  # the table of a terminal has a title
         print(f"{'## ' if output == 'md' else ''}{report.title}\n")
     terminal.show(report, output)

@@ -2,11 +2,21 @@
 
 from pathlib import Path
 
-from lowbit.report.model import Band, BlockKL, Candidate, Environment, FlipRow, LostItem, Report, ScoringProtocol
+from lowbit.report.model import (
+    Band,
+    BlockKL,
+    Candidate,
+    Environment,
+    FlipRow,
+    LostItem,
+    Report,
+    ScoringProtocol,
+    StudyReport,
+)  # fmt: skip
 from lowbit.report.terminal import show
 
 
-def write(report: Report, path: Path) -> Path:
+def write(report: StudyReport, path: Path) -> Path:
     """Writes the report as one HTML file, atomically; see ``lowbit.report.page.write``."""
     from lowbit.report import page  # altair takes a second to import: not for a table in the terminal
 
@@ -14,5 +24,6 @@ def write(report: Report, path: Path) -> Path:
 
 
 __all__ = [
-    "Band", "BlockKL", "Candidate", "Environment", "FlipRow", "LostItem", "Report", "ScoringProtocol", "show", "write",
+    "Band", "BlockKL", "Candidate", "Environment", "FlipRow", "LostItem", "Report", "ScoringProtocol",
+    "StudyReport", "show", "write",
 ]  # fmt: skip

@@ -22,8 +22,8 @@ from lowbit.report.summary import DELTA_LOG_PPL, KL, by_size, points
 NAMED_LINES = 6
 """As many lines as colours that colour-blind readers tell apart (Okabe and Ito); the others are drawn grey."""
 
-_COLOURS = [f"var(--c{i})" for i in range(1, NAMED_LINES + 1)]
-_SHAPES = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross"]
+COLOURS = [f"var(--c{i})" for i in range(1, NAMED_LINES + 1)]
+SHAPES = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross"]
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 Rows = list[dict[str, Any]]
@@ -163,14 +163,14 @@ def _pareto(report: Report, found: list[Point], axis: _Axis, levels: Sequence[al
         axis=alt.Axis(tickCount=6, grid=False),
     )
     kinds = [str(s) for s in Standing]
-    colour = alt.Color("standing:N", title=None, scale=alt.Scale(domain=kinds, range=[*_COLOURS[:2], "var(--muted)"]))
-    shape = alt.Shape("standing:N", title=None, scale=alt.Scale(domain=kinds, range=_SHAPES[:3]))
+    colour = alt.Color("standing:N", title=None, scale=alt.Scale(domain=kinds, range=[*COLOURS[:2], "var(--muted)"]))
+    shape = alt.Shape("standing:N", title=None, scale=alt.Scale(domain=kinds, range=SHAPES[:3]))
     tooltip = _tooltip(label="candidate", recipe="recipe", bytes="size", shown="value", standing="standing")
     cloud, y = alt.Chart(alt.NamedData("points")), axis.encode
     layers = [
         alt.Chart(_values({"size": whole})).mark_rule(strokeDash=[1, 3], stroke="var(--muted)").encode(x=x),
         *levels,
-        alt.Chart(alt.NamedData("front")).mark_line(stroke=_COLOURS[0], strokeWidth=1.2).encode(x=x, y=y("value:Q")),
+        alt.Chart(alt.NamedData("front")).mark_line(stroke=COLOURS[0], strokeWidth=1.2).encode(x=x, y=y("value:Q")),
         cloud.mark_rule(strokeWidth=1.2).encode(x=x, y=y("low:Q"), y2="high:Q", color=colour, tooltip=tooltip),
         cloud.mark_point(size=42, filled=True, opacity=1).encode(
             x=x, y=y("value:Q"), color=colour, shape=shape, tooltip=tooltip
@@ -180,7 +180,7 @@ def _pareto(report: Report, found: list[Point], axis: _Axis, levels: Sequence[al
         .encode(x=x, y=y("value:Q"), text="label:N"),
     ]
     names = _spaced(front, lambda r: ((r["size"] - low) / (high - low or 1.0), axis.height(r["value"])))
-    return _spec(layers, {"points": rows, "front": front, "names": names})
+    return layered(layers, {"points": rows, "front": front, "names": names})
 
 
 def _profile(report: Report, rows: Rows, x: alt.X) -> dict[str, Any]:
@@ -192,11 +192,9 @@ def _profile(report: Report, rows: Rows, x: alt.X) -> dict[str, Any]:
     others = [r for r in rows if r["label"] not in labels]
     legend = alt.Legend(columns=2, labelLimit=150)
     colour = alt.Color(
-        "label:N", title=None, legend=legend, scale=alt.Scale(domain=labels, range=_COLOURS[: len(labels)])
+        "label:N", title=None, legend=legend, scale=alt.Scale(domain=labels, range=COLOURS[: len(labels)])
     )
-    shape = alt.Shape(
-        "label:N", title=None, legend=legend, scale=alt.Scale(domain=labels, range=_SHAPES[: len(labels)])
-    )
+    shape = alt.Shape("label:N", title=None, legend=legend, scale=alt.Scale(domain=labels, range=SHAPES[: len(labels)]))
     tooltip = _tooltip(label="candidate", where="where", shown="KL (nat)")
     y, main = axis.encode, alt.Chart(alt.NamedData("named"))
     layers = [
@@ -210,7 +208,7 @@ def _profile(report: Report, rows: Rows, x: alt.X) -> dict[str, Any]:
             x=x, y=y("value:Q"), color=colour, shape=shape, tooltip=tooltip
         ),
     ]
-    return _spec(layers if others else layers[1:], {"named": here, **({"others": others} if others else {})})
+    return layered(layers if others else layers[1:], {"named": here, **({"others": others} if others else {})})
 
 
 def _log_axis(values: Sequence[float]) -> _Axis:
@@ -267,7 +265,8 @@ def _tooltip(**titles: str) -> list[alt.Tooltip]:
     return [alt.Tooltip(f"{field}:N", title=title) for field, title in titles.items()]
 
 
-def _spec(layers: Sequence[alt.Chart], datasets: dict[str, Rows]) -> dict[str, Any]:
+def layered(layers: Sequence[alt.Chart], datasets: dict[str, Rows]) -> dict[str, Any]:
+    """Layers over named data as one chart of the page."""
     chart = alt.layer(*layers).properties(width="container", height=300, background="transparent")
     chart = chart.configure(
         font=_FONT,

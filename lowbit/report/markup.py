@@ -7,6 +7,7 @@ from html import escape
 from typing import NewType
 
 from lowbit.report import text
+from lowbit.report.table import Table
 
 Html = NewType("Html", str)
 """Markup that is safe to insert as it is."""
@@ -52,6 +53,20 @@ def table(key: str, heads: Sequence[Html], rows: Sequence[Html], *, wide: bool =
         f'<table data-table="{plain(key)}"{_class("wide" if wide else "")}>'
         f"<thead><tr>{join(heads)}</tr></thead>\n<tbody>\n{join(rows, chr(10))}\n</tbody></table></div>"
     )
+
+
+def drawn(key: str, shown: Table, *, wide: bool = False) -> Html:
+    """A table of plain values as markup."""
+    heads = [head(c.title, c.unit, numeric=c.numeric) for c in shown.columns]
+    kinds = ["num" if c.numeric else "" for c in shown.columns]
+    rows = [
+        row(
+            [cell(*c, kind=kind) for c, kind in zip(line.cells, kinds, strict=True)],
+            "reference" if line.is_reference else "",
+        )
+        for line in shown.rows
+    ]
+    return table(key, heads, rows, wide=wide)
 
 
 def details(title: str, content: Html, *, is_open: bool = False) -> Html:

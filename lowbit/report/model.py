@@ -12,6 +12,7 @@ from typing import Literal
 from lowbit.errors import StudyError
 from lowbit.evaluation.findings import Finding
 from lowbit.evaluation.task_findings import TaskFinding
+from lowbit.report.panel import Panel
 
 FlipKind = Literal["lost", "gained", "other"]
 """Who was right: ``lost`` only the reference, ``gained`` only the candidate, ``other`` neither."""
@@ -158,3 +159,29 @@ class Report:
                 why="Rows and marks are told apart by their label.",
                 fix="give every cell of the study its own label",
             )
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """A whole study: a report a model, and what its analyses found over one model or all. Raises StudyError when empty.
+
+    ``created`` is ISO 8601; ``command`` is shown as what made it.
+    """
+
+    name: str
+    created: str
+    command: str
+    reports: tuple[Report, ...]
+    panels: tuple[Panel, ...] = ()
+
+    @classmethod
+    def alone(cls, report: Report) -> StudyReport:
+        """A study of one model."""
+        return cls(report.study_name, report.created, report.command, (report,))
+
+    def __post_init__(self) -> None:
+        if not self.reports:
+            raise StudyError(
+                "no model's original is scored yet, so there is nothing to report", where=f"study {self.name!r}",
+                why="every number is a difference from an original", fix="lowbit study run, which goes on where it was",
+            )  # fmt: skip

@@ -17,13 +17,14 @@ from pathlib import Path
 from string import Template
 
 from lowbit.errors import StorageError
-from lowbit.report import sections, task_section
+from lowbit.report import panel_section, sections, task_section
 from lowbit.report.charts import Chart, charts
-from lowbit.report.markup import Html, plain, section
-from lowbit.report.model import Report
+from lowbit.report.markup import Html, join, plain, section
+from lowbit.report.model import Report, StudyReport
+from lowbit.report.panel_charts import chart
 
 
-def write(report: Report, path: Path) -> Path:
+def write(report: StudyReport, path: Path) -> Path:
     """Writes the page to ``path`` under a temporary name, then renames it; returns ``path``.
 
     Raises StorageError where the folder cannot be written. Well under a second, but for the chart library, which
@@ -51,28 +52,47 @@ def write(report: Report, path: Path) -> Path:
     return path
 
 
-def render(report: Report) -> str:
+def render(report: StudyReport) -> str:
     """The whole page; the same report gives the same text. About 0.9 MB of it is the chart library."""
-    drawn = charts(report)
+    several = len(report.reports) > 1
+    drawn: list[Chart] = [chart(panel.key, figure) for panel in report.panels for figure in panel.figures]
+    parts = [panel_section.panel(panel) for panel in report.panels]
+    for number, one in enumerate(report.reports):
+        own = [c._replace(key=f"m{number}-{c.key}") if several else c for c in charts(one)]
+        drawn += own
+        parts.append(_model(one, own, titled=several))
     library, start = chart_library(), _resource("start.js")
-    body = [
-        sections.overview(report),
-        section("What it can still do", task_section.tasks(report)),
-        section("Size against loss", sections.figures(drawn, "pareto-")),
-        section("Where the loss is", sections.figures(drawn, "kl-"), sections.profiles(report)),
-        section("Changed choices", sections.flips(report)),
-        section("How this was made", sections.provenance(report)),
-    ]
+    first = report.reports[0]
+    title = f"{report.name}: {len(report.reports)} models" if several else first.title
+    byline = f"Study {report.name}, {report.created}."
     return Template(_resource("template.html")).substitute(
         policy=f"default-src 'none'; script-src {_hash(library)} {_hash(start)}; "
         "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
-        title=plain(report.title),
-        byline=plain(f"Study {report.study_name}, {report.created}. Reference: {report.reference.label}."),
-        body="\n".join(body),
-        specs="\n".join(_data(chart) for chart in drawn),
+        title=plain(title),
+        byline=plain(byline if several else f"{byline} Reference: {first.reference.label}."),
+        body="\n".join(parts if several else [parts[-1], *parts[:-1]]),
+        specs="\n".join(_data(c) for c in drawn),
         library=library,
         start=start,
     )
+
+
+def _model(report: Report, drawn: list[Chart], *, titled: bool) -> Html:
+    """All that stands in one model's report."""
+
+    def figures(kind: str) -> Html:
+        return sections.figures([c for c in drawn if kind in c.key])
+
+    content = [
+        sections.overview(report),
+        section("What it can still do", task_section.tasks(report)),
+        section("Size against loss", figures("pareto-")),
+        section("Where the loss is", figures("kl-"), sections.profiles(report)),
+        section("Changed choices", sections.flips(report)),
+        section("How this was made", sections.provenance(report)),
+    ]
+    head = Html(f'<h1 class="model">{plain(report.title)}</h1>') if titled else Html("")
+    return join([head, *content], "\n")
 
 
 @lru_cache(maxsize=1)

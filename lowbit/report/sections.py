@@ -42,15 +42,14 @@ def overview(report: Report) -> Html:
     return Html(f"<section>\n{content}\n</section>")
 
 
-def figures(drawn: Sequence[Chart], prefix: str) -> Html:
-    """The figures whose key starts with ``prefix``, side by side where there is room."""
+def figures(drawn: Sequence[Chart]) -> Html:
+    """Figures side by side where there is room."""
     each = [
         Html(
             f'<figure><h3>{plain(c.title)}</h3><div class="chart" id="{plain(c.key)}"></div>'
             f"<figcaption>{plain(c.caption)}</figcaption></figure>"
         )
         for c in drawn
-        if c.key.startswith(prefix)
     ]
     return Html(f'<div class="figures">{join(each)}</div>') if each else Html("")
 

@@ -71,7 +71,7 @@ def render(sensitivity: Mapping[str, Any]) -> str:
         "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
         title=plain(f"Sensitivity of {sensitivity['model']}"),
         byline=plain(f"Model {sensitivity['model_digest'][:12]}, text {sensitivity['text_digest'][:12]}."),
-        body="\n".join([section("Predicted loss", paragraph(how), sections.figures(drawn, "")),
+        body="\n".join([section("Predicted loss", paragraph(how), sections.figures(drawn)),
                         section("The numbers", numbers)]),
         specs="\n".join(page._data(chart) for chart in drawn), library=library, start=start,
     )  # fmt: skip

@@ -7,48 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from lowbit import digest
 from lowbit.evaluation.findings import Finding
 from lowbit.report import text
 from lowbit.report.model import Candidate, Report
 from lowbit.report.pareto import Point, Standing, standings
+from lowbit.report.table import Cell, Column, Row, Table
 
 KL = "kl"
 DELTA_LOG_PPL = "delta_log_perplexity"
 TOP1_KEPT = "top1_kept"
 DELTA_ACCURACY = "delta_top1_accuracy"
-
-
-class Cell(NamedTuple):
-    """One cell: its value, and what qualifies it (an interval, a digest)."""
-
-    main: str
-    sub: str = ""
-
-
-class Row(NamedTuple):
-    """One line of the main table; ``verdict`` is the bare word that a page may colour."""
-
-    cells: tuple[Cell, ...]
-    verdict: str
-    is_reference: bool
-
-
-class Column(NamedTuple):
-    """A header, its unit or qualification, and whether the cells are numbers (set to the right)."""
-
-    title: str
-    unit: str = ""
-    numeric: bool = True
-
-
-class Table(NamedTuple):
-    """Columns and the rows under them, reference first, then candidates from small to large."""
-
-    columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
 
 
 def by_size(report: Report) -> list[Candidate]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lowbit.evaluation.task_findings import TaskFinding
 from lowbit.report import text
-from lowbit.report.markup import Html, cell, details, head, join, paragraph, row, table
+from lowbit.report.markup import Html, cell, details, drawn, head, join, paragraph, row, table
 from lowbit.report.model import Candidate, LostItem, Report
 from lowbit.report.task_summary import Asked, answered, asked, difference, flips, level, task_notes, task_table
 
@@ -48,10 +48,7 @@ def _all(report: Report) -> Html:
     shown = task_table(report)
     if shown is None:
         return Html("")
-    heads = [head(c.title, c.unit, numeric=c.numeric) for c in shown.columns]
-    kinds = ["num" if c.numeric else "" for c in shown.columns]
-    rows = [row([cell(*c, kind=kind) for c, kind in zip(line.cells, kinds, strict=True)]) for line in shown.rows]
-    return details(f"All {len(rows)} findings on tasks, with p values", table("task findings", heads, rows))
+    return details(f"All {len(shown.rows)} findings on tasks, with p values", drawn("task findings", shown))
 
 
 def _title(c: Candidate) -> str:

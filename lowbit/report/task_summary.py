@@ -8,7 +8,8 @@ from typing import NamedTuple
 from lowbit.evaluation.task_findings import TaskFinding, p_text
 from lowbit.report import text
 from lowbit.report.model import Candidate, Report
-from lowbit.report.summary import Cell, Column, Row, Table, by_size
+from lowbit.report.summary import by_size
+from lowbit.report.table import Cell, Column, Row, Table
 
 
 class Asked(NamedTuple):

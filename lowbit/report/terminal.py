@@ -15,13 +15,18 @@ from rich.text import Text
 
 from lowbit.evaluation.metrics.agreement import Flips
 from lowbit.report import text
-from lowbit.report.model import Report
-from lowbit.report.summary import Cell, Column, Table, main_table, notes
+from lowbit.report.model import Report, StudyReport
+from lowbit.report.panel import Claim, Panel, Titled
+from lowbit.report.summary import main_table, notes
+from lowbit.report.table import Cell, Column, Row, Table
 from lowbit.report.task_summary import task_notes, task_table
 
 Style = Literal["auto", "plain", "md", "json"]
 
-_COLOURS = {"worse": "dark_orange", "better": "deep_sky_blue1", "same": "green", "reference": "dim"}
+_COLOURS = {
+    "worse": "dark_orange", "better": "deep_sky_blue1", "same": "green", "reference": "dim", "supported": "green",
+    "contradicted": "dark_orange",
+}  # fmt: skip
 _EXPENDABLE = ("Flips", "Bits/weight", "Top-1 kept", "KL / floor", "p")
 """Columns that a narrow terminal does without, the first first."""
 
@@ -37,6 +42,37 @@ def show(report: Report, style: Style = "auto") -> None:
         return
     makers = {"auto": plain, "plain": plain, "md": markdown, "json": to_json}
     sys.stdout.write(makers[style](report) + "\n")
+
+
+def show_panel(panel: Panel, style: Style = "auto") -> None:
+    """Prints what an analysis found, but for its figures and the tables that a page folds away."""
+    console = Console() if style == "auto" and sys.stdout.isatty() else None
+    lines = [] if style == "md" else [text.safe(panel.title)]
+    lines += [f"- {text.safe(line)}" for line in panel.lead]
+    tables = [Titled("Claims", _claims(panel.claims))] if panel.claims else []
+    tables += [t for t in panel.tables if not t.folded]
+    if console is not None:
+        console.print(*(Text(line) for line in lines), sep="\n")
+        for t in tables:
+            _rich_table(console, t.table, t.title, ())
+        for note in panel.notes:
+            console.print(Text(text.safe(note), style="dim"))
+        return
+    if style == "md":
+        lines = [f"### {_escape_markdown(text.safe(panel.title))}", "", *map(_escape_markdown, lines)]
+    for t in tables:
+        lines += ["", f"**{_escape_markdown(text.safe(t.title))}**", "", *_piped(t.table, ())] if style == "md" else [
+            "", text.safe(t.title), *_aligned(t.table)
+        ]  # fmt: skip
+    spelled = [text.safe(note) for note in panel.notes]
+    lines += ["", *(f"{_escape_markdown(n)}  " if style == "md" else n for n in spelled)] if spelled else []
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _claims(claims: Sequence[Claim]) -> Table:
+    rows = [Row((Cell(c.claim, c.source), Cell(c.found), Cell(c.verdict)), c.verdict) for c in claims]
+    columns = (Column("Claim", "source", False), Column("Found here", "95 % CI", False), Column("Verdict", "", False))
+    return Table(columns, tuple(rows))
 
 
 def plain(report: Report) -> str:
@@ -74,8 +110,8 @@ def _piped(shown: Table, below: Sequence[str]) -> list[str]:
     return [*lines, "", *(f"{_escape_markdown(text.safe(n))}  " for n in below)]
 
 
-def to_json(report: Report) -> str:
-    """Every field of the report as one JSON object; a number that is not finite becomes null."""
+def to_json(report: Report | StudyReport) -> str:
+    """Every field as one JSON object (a study: ``reports``, ``panels``); a number that is not finite becomes null."""
     return json.dumps(_finite(asdict(report)), indent=2, ensure_ascii=False, allow_nan=False)
 
 

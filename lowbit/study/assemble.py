@@ -6,7 +6,7 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +23,12 @@ from lowbit.evaluation.metrics.base import Tokens
 from lowbit.models.source import of_directory
 from lowbit.report import model as view
 from lowbit.study import stages, task_table
+from lowbit.study.analyse import analyse
 from lowbit.study.grid import Entry, Grid
 from lowbit.study.rows import CellRow
 from lowbit.study.store import Store
 from lowbit.study.tasks import TaskGrid
+from lowbit.study.view import Model, View
 
 _CONTEXT = 16  # tokens shown before a flip
 _FLIPS = 12
@@ -65,7 +67,7 @@ def report(store: Store, name: str, grid: Grid, rule: str = "holm", command: str
         candidates, task_notes = _with_tasks(store, grid.tasks, candidates, rule)
     return view.Report(
         title=f"{grid.model}: {len(scored)} version{'s' if len(scored) != 1 else ''} beside the original",
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created=_now(),
         command=command,
         study_name=name,
         reference=_reference(grid.model, output),
@@ -88,9 +90,28 @@ def report(store: Store, name: str, grid: Grid, rule: str = "holm", command: str
     )
 
 
-def ready(store: Store, grid: Grid) -> bool:
-    """Whether there is anything to report: the original is scored."""
-    return _row(store, grid.reference.key) is not None
+def study(
+    store: Store, name: str, grids: Sequence[Grid], analyses: Sequence[str] = (), command: str = "",
+    say: Callable[[str], object] = lambda _: None,
+) -> view.StudyReport | None:  # fmt: skip
+    """The report of a whole study, with what its ``analyses`` found. Runs no model.
+
+    A model whose original is not scored yet is left out and ``say`` is told; None where all are.
+    """
+    models = []
+    for grid in grids:
+        if _row(store, grid.reference.key) is None:
+            say(f"{grid.model}: no table, because {grid.reference.label!r} is not done")
+        else:
+            models.append(Model(store, grid, report(store, name, grid, command=command)))
+    if not models:
+        return None
+    panels = analyse(View(name, models), analyses)
+    return view.StudyReport(name, _now(), command, tuple(m.report for m in models), tuple(panels))
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _reference(model: str, output: Mapping[str, Any]) -> view.Candidate:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,9 +17,11 @@ from lowbit.evaluation.tasks.registry import Chosen
 from lowbit.models.resolve import locate
 from lowbit.models.source import of_directory
 from lowbit.pipeline.recipe import Recipe, parse, with_calibration
-from lowbit.study import stages, tasks
+from lowbit.study import outliers, sampling, stages, tasks
 from lowbit.study.engine import Cell
+from lowbit.study.outliers import OutlierGrid
 from lowbit.study.rows import Member
+from lowbit.study.sampling import SampleGrid
 from lowbit.study.spec import Study, Tasks
 from lowbit.study.tasks import TaskGrid
 
@@ -53,7 +56,7 @@ class Entry:
 class Grid:
     """The cells of one model of a study, the reference first; ``model`` is its short name.
 
-    ``tasks`` are those of the same candidates on tasks, where the study asks any.
+    ``tasks``, ``texts`` and ``outliers`` are what else the study asks of the same model and candidates.
     """
 
     model: str
@@ -61,6 +64,13 @@ class Grid:
     floor: Cell
     entries: tuple[Entry, ...]
     tasks: TaskGrid | None = None
+    texts: SampleGrid | None = None
+    outliers: OutlierGrid | None = None
+
+    @property
+    def more(self) -> list[Planned]:
+        """What is measured beside tokens."""
+        return [extra for extra in (self.tasks, self.texts, self.outliers) if extra is not None]
 
     @property
     def cells(self) -> list[Cell]:
@@ -69,7 +79,7 @@ class Grid:
         for entry in self.entries:
             found += [cell for cell in (entry.make, entry.score) if cell is not None]
         found += [entry.attribute for entry in self.entries if entry.attribute is not None]
-        return found + (self.tasks.cells if self.tasks is not None else [])
+        return found + [cell for extra in self.more for cell in extra.cells]
 
     @property
     def members(self) -> list[Member]:
@@ -118,7 +128,7 @@ def _chosen(study: Study, say: Say) -> list[Chosen]:
 
 
 def _model(
-    study: Study, recipes: Mapping[str, Recipe], model: str, label: str, chosen: Sequence[Chosen], say: Say
+    study: Study, recipes: Mapping[str, tuple[str, Recipe]], model: str, label: str, chosen: Sequence[Chosen], say: Say
 ) -> Grid:
     evaluation = study.evaluation.model_dump()
     common = _common(model, evaluation, say)
@@ -126,8 +136,7 @@ def _model(
     prefix = f"{label}: " if len(study.models) > 1 else ""
     reference, floor = _references(label, common, prefix)
     entries = []
-    for name, recipe in recipes.items():
-        called = _label(name, recipe)
+    for called, (name, recipe) in recipes.items():
         make = Cell(stages.QUANTIZE, f"{prefix}make {called}", (), _make_params(common, recipe), affinity)
         score = Cell(stages.SCORE, f"{prefix}score {called}", (reference.key, make.key), common, affinity)
         attribute = None
@@ -136,11 +145,15 @@ def _model(
             params = {key: common[key] for key in ("model", "model_digest", "dtype", "text", "text_digest")} | few
             attribute = Cell(stages.ATTRIBUTE, f"{prefix}blocks of {called}", (make.key,), params, affinity)
         entries.append(Entry(called, recipe.line, make, score, attribute))
-    asked = None
+    made = {entry.label: entry.make for entry in entries if entry.make is not None}
+    asked = texts_of = found = None
     if study.tasks is not None:
-        made = {entry.label: entry.make for entry in entries if entry.make is not None}
         asked = tasks.of_made(model, label, made, chosen, _settings(study.tasks, common["dtype"]), prefix)
-    return Grid(label, reference, floor, tuple(entries), asked)
+    if study.sampling is not None:
+        texts_of = sampling.of_made(label, common, made, study.sampling, prefix)
+    if study.outliers is not None:
+        found = outliers.of_model(label, common, study.outliers, prefix)
+    return Grid(label, reference, floor, tuple(entries), asked, texts_of, found)
 
 
 def _settings(t: Tasks, dtype: str) -> tasks.Settings:
@@ -148,24 +161,39 @@ def _settings(t: Tasks, dtype: str) -> tasks.Settings:
     return tasks.Settings(t.limit, t.shots, tuple(t.lengths), t.batch, dtype, t.drop_long, t.allow_code, t.floor, data)
 
 
-def _recipes(study: Study) -> dict[str, Recipe]:
-    """The recipes by the names that the study gives them, with its calibration where their files say nothing."""
-    found: dict[str, Recipe] = {}
+def _recipes(study: Study) -> dict[str, tuple[str, Recipe]]:
+    """The recipes by what tables call them, each behind the name that the study gives it.
+
+    The study's calibration holds where a recipe's file says nothing.
+    With ``calibrations`` a recipe that is calibrated stands once for each of its texts and seeds.
+    """
+    found: dict[str, tuple[str, Recipe]] = {}
     for name in study.recipes:
         recipe = parse(name)
         own = recipe.calibration.model_fields_set
         shared = study.calibration.model_dump(exclude_unset=True, exclude=own)
-        recipe = with_calibration(recipe, **shared)
-        for other, earlier in found.items():
-            if earlier.digest == recipe.digest or _label(other, earlier) == _label(name, recipe):
-                same = "are one recipe" if earlier.digest == recipe.digest else "have one label"
-                raise StudyError(
-                    f"{other!r} and {name!r} {same}: {_label(name, recipe)}" if other != name
-                    else f"the recipe {name!r} is named twice", where=study.name,
-                    why="the table tells candidates apart by label", fix="leave one out, or rename its file",
-                )  # fmt: skip
-        found[name] = recipe
+        for label, one in _calibrated(name, with_calibration(recipe, **shared), study):
+            for other, (earlier, recipe_of) in found.items():
+                if recipe_of.digest == one.digest or other == label:
+                    same = "are one recipe" if recipe_of.digest == one.digest else "have one label"
+                    raise StudyError(
+                        f"{earlier!r} and {name!r} {same}: {label}" if earlier != name
+                        else f"the recipe {name!r} is named twice", where=study.name,
+                        why="the table tells candidates apart by label", fix="leave one out, or rename its file",
+                    )  # fmt: skip
+            found[label] = name, one
     return found
+
+
+def _calibrated(name: str, recipe: Recipe, study: Study) -> Iterator[tuple[str, Recipe]]:
+    """The recipe, or one for each calibration that the study asks for; with their labels."""
+    label = _label(name, recipe)
+    if study.calibrations is None or not recipe.calibrated:
+        yield label, recipe
+        return
+    called = short_names(study.calibrations.texts, study.name)
+    for text, seed in product(study.calibrations.texts, study.calibrations.seeds):
+        yield f"{label} ({called[text]}, seed {seed})", with_calibration(recipe, text=text, seed=seed)
 
 
 def _label(name: str, recipe: Recipe) -> str:

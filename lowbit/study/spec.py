@@ -15,6 +15,15 @@
     run = ["hellaswag", "trust", "./questions.jsonl"]
     data = "$LOWBIT_DATA"          # the folder below which named tasks have their files
     limit = 200
+    [calibrations]                 # in place of one calibration, each of these
+    texts = ["pydoc", "self", "random", "$LOWBIT_DATA/lm/gutenberg_valid.txt"]
+    seeds = [0, 1, 2]
+    [sampling]
+    temperatures = [0.0, 0.8]
+    top_k = [0, 50]
+    [outliers]
+
+``analyses = ["confidence", "laws"]`` at the top names what the report says beyond its tables (study/analyses).
 
 Models, recipe files, texts and the files of tasks are looked for beside the study file first, then from the working
 directory.
@@ -34,6 +43,7 @@ from pydantic_core import PydanticCustomError
 from lowbit.errors import StudyError, nearest
 from lowbit.evaluation.tasks.registry import FAMILIES, LM_EVAL, TASKS
 from lowbit.pipeline.recipe import Calibration
+from lowbit.study.analyses import ANALYSES
 
 
 class _Data(BaseModel):
@@ -83,6 +93,36 @@ class Tasks(_Data):
         return names
 
 
+class Calibrations(_Data):
+    """Every recipe that is calibrated is made once with each text and seed, in place of ``calibration``'s own."""
+
+    texts: list[str] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
+
+
+class Sampling(_Data):
+    """What every model and candidate writes: each temperature with each top-k (0: all), ``seeds`` texts a prompt.
+
+    Prompts are the first ``prompt`` tokens of that many windows of the text of ``evaluation``. Lengths below
+    ``max_new_tokens`` are read off the same texts.
+    """
+
+    temperatures: list[Annotated[float, Field(ge=0)]] = Field(default=[0.0, 0.5, 0.8, 1.0], min_length=1)
+    top_k: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
+    seeds: int = Field(default=2, ge=1)
+    max_new_tokens: int = Field(default=48, ge=2)
+    lengths: list[Annotated[int, Field(ge=2)]] = []
+    prompts: int = Field(default=12, ge=2)
+    prompt: int = Field(default=24, ge=1)
+
+
+class Outliers(_Data):
+    """Outlier statistics of every linear's weights and inputs and of keys and values, on tokens of ``evaluation``."""
+
+    windows: int = Field(default=4, ge=1)
+    length: int = Field(default=128, ge=8)
+
+
 class Study(_Data):
     """A named grid of models and recipes."""
 
@@ -92,6 +132,21 @@ class Study(_Data):
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
     tasks: Tasks | None = None
+    calibrations: Calibrations | None = None
+    sampling: Sampling | None = None
+    outliers: Outliers | None = None
+    analyses: list[str] = []
+
+    @field_validator("analyses")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in ANALYSES:
+                message = f"no analysis {name!r}"
+                raise PydanticCustomError(
+                    "unknown_analysis", "{message}", {"message": message, "fix": nearest(name, ANALYSES)}
+                )
+        return names
 
 
 def load(path: Path) -> Study:
@@ -123,6 +178,9 @@ def load(path: Path) -> Study:
                 update={"text": _beside(path, [calibration.text])[0]} if "text" in calibration.model_fields_set else {}
             ),
             "tasks": None if study.tasks is None else _placed(path, study.tasks),
+            "calibrations": None
+            if study.calibrations is None
+            else study.calibrations.model_copy(update={"texts": _beside(path, study.calibrations.texts)}),
         }
     )
 
@@ -142,7 +200,7 @@ def _placed(path: Path, tasks: Tasks) -> Tasks:
                 fix='data = "FOLDER" in the table [tasks]',
             )  # fmt: skip
         return tasks.model_copy(update={"run": run})
-    folder = _beside(path, [os.path.expanduser(os.path.expandvars(tasks.data))])[0]
+    folder = _beside(path, [os.path.expanduser(tasks.data)])[0]
     if not (Path(folder).is_dir() and os.access(folder, os.R_OK | os.X_OK)):
         unset = "set the environment variable, or " if "$" in folder else ""
         raise StudyError(
@@ -163,8 +221,12 @@ def _is_place(name: str) -> bool:
 
 
 def _beside(path: Path, names: Iterable[str]) -> list[str]:
-    """Names of files and folders that lie beside the study file, found from there; others as they are."""
-    return [str(path.parent / name) if name and (path.parent / name).exists() else name for name in names]
+    """Names of files and folders that lie beside the study file, found from there; others as they are.
+
+    Environment variables (``$LOWBIT_DATA``) are put in.
+    """
+    spelled = [os.path.expandvars(name) for name in names]
+    return [str(path.parent / name) if name and (path.parent / name).exists() else name for name in spelled]
 
 
 def _explained(error: ValidationError, path: Path) -> StudyError:
@@ -173,7 +235,10 @@ def _explained(error: ValidationError, path: Path) -> StudyError:
     field = ".".join(map(str, first["loc"]))
     if first["type"] != "extra_forbidden":
         return StudyError(f"{field}: {first['msg']}", where=str(path), fix=str(first.get("ctx", {}).get("fix", "")))
-    tables: dict[str, type[BaseModel]] = {"calibration": Calibration, "evaluation": Evaluation, "tasks": Tasks}
+    tables: dict[str, type[BaseModel]] = {
+        "calibration": Calibration, "calibrations": Calibrations, "evaluation": Evaluation, "tasks": Tasks,
+        "sampling": Sampling, "outliers": Outliers,
+    }  # fmt: skip
     known = tables.get(str(first["loc"][0]), Study) if len(first["loc"]) > 1 else Study
     return StudyError(
         f"unknown field {field!r}", where=str(path), fix=nearest(str(first["loc"][-1]), known.model_fields)

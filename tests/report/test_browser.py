@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lowbit.report import write
-from lowbit.report.model import Report
+from lowbit.report.model import Report, StudyReport
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install 'lowbit[dev]')")
 
@@ -44,7 +44,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def address(study: Callable[..., Report], tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write(study(40), tmp_path_factory.mktemp("report") / "report.html").as_uri()
+    return write(StudyReport.alone(study(40)), tmp_path_factory.mktemp("report") / "report.html").as_uri()
 
 
 class Visit:
@@ -159,7 +159,7 @@ def test_without_javascript_the_tables_are_there_and_the_page_says_what_is_missi
 
 
 def test_hostile_text_runs_nothing(browser: Any, hostile_study: Report, tmp_path: Path) -> None:
-    path = write(hostile_study, tmp_path / "hostile.html")
+    path = write(StudyReport.alone(hostile_study), tmp_path / "hostile.html")
     with Visit(browser, path.as_uri()) as visit:
         visit.wait_for_charts()
         assert visit.troubles == []
@@ -169,7 +169,7 @@ def test_hostile_text_runs_nothing(browser: Any, hostile_study: Report, tmp_path
 
 
 def test_a_broken_chart_says_so_on_the_page(browser: Any, study: Callable[..., Report], tmp_path: Path) -> None:
-    path = write(study(2), tmp_path / "broken.html")
+    path = write(StudyReport.alone(study(2)), tmp_path / "broken.html")
     path.write_text(path.read_text().replace('"layer":', '"lair":', 1))
     with Visit(browser, path.as_uri()) as visit:
         visit.page.wait_for_selector(".failed")

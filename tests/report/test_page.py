@@ -22,7 +22,7 @@ from lowbit.errors import StorageError, StudyError
 from lowbit.evaluation.metrics import agreement, kl, perplexity
 from lowbit.report import page, show, summary, terminal, text, write
 from lowbit.report.charts import NAMED_LINES, charts, named
-from lowbit.report.model import Candidate, Report
+from lowbit.report.model import Candidate, Report, StudyReport
 from lowbit.report.pareto import Point, Standing, standings
 from lowbit.report.scales import log_ticks, symlog, symlog_constant, symlog_ticks
 
@@ -73,7 +73,7 @@ def _short_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_main_table_has_a_row_a_version_with_value_and_interval(study: Study) -> None:
     report = study(7)
-    rows = Tables(page.render(report)).rows["overview"]
+    rows = Tables(page.render(StudyReport.alone(report))).rows["overview"]
     assert len(rows) == 1 + 1 + 7
     assert [r[0].split()[0] for r in rows[2:]] == [
         c.label for c in sorted(report.candidates, key=lambda c: c.bytes_total)
@@ -90,7 +90,7 @@ def test_main_table_has_a_row_a_version_with_value_and_interval(study: Study) ->
 
 def test_every_section_has_its_rows(study: Study) -> None:
     report = study(7)
-    rows = Tables(page.render(report)).rows
+    rows = Tables(page.render(StudyReport.alone(report))).rows
     assert len(rows["findings"]) == 1 + 7 * 4
     assert len(rows["flip-counts"]) == 1 + 7
     assert len(rows["flips of awq-nf4"]) == 1 + 12
@@ -103,18 +103,18 @@ def test_every_section_has_its_rows(study: Study) -> None:
 
 
 def test_no_difference_without_what_qualifies_it(study: Study) -> None:
-    html = page.render(study(7))
+    html = page.render(StudyReport.alone(study(7)))
     for words in ("65,536 tokens", "128 clusters", "Holm", "0.000240 nat", "Minimum detectable effect", "95 % CI"):
         assert words in html
 
 
 def test_the_noise_floor_is_named_where_unknown_or_zero(study: Study) -> None:
-    assert "not measured" in page.render(study(3, noise_floor=None))
-    assert "bit for bit" in page.render(study(3, noise_floor=0.0))
+    assert "not measured" in page.render(StudyReport.alone(study(3, noise_floor=None)))
+    assert "bit for bit" in page.render(StudyReport.alone(study(3, noise_floor=0.0)))
 
 
 def test_hostile_text_stays_text(hostile_study: Report) -> None:
-    html = page.render(hostile_study)
+    html = page.render(StudyReport.alone(hostile_study))
     seen = Tables(html)
     assert "img" not in seen.tags
     assert len([s for s in seen.scripts if s.get("type") != "application/json"]) == 2
@@ -137,7 +137,7 @@ def test_hostile_text_cannot_drive_a_terminal(
 
 
 def test_the_policy_allows_the_two_scripts_and_nothing_else(study: Study) -> None:
-    html = page.render(study(1))
+    html = page.render(StudyReport.alone(study(1)))
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)
     assert policy
     assert "default-src 'none'" in policy[1]
@@ -155,7 +155,7 @@ def test_forty_candidates_stay_under_three_megabytes_and_two_seconds(
     page.chart_library()
     charts(report)  # altair loads its schema once a process
     start = time.process_time()
-    html = page.render(report)
+    html = page.render(StudyReport.alone(report))
     seconds = time.process_time() - start
     assert len(html.encode()) < 3_000_000
     assert html.count("sha256-") == 2
@@ -163,11 +163,11 @@ def test_forty_candidates_stay_under_three_megabytes_and_two_seconds(
 
 
 def test_the_same_report_gives_the_same_page(study: Study) -> None:
-    assert page.render(study(5)) == page.render(study(5))
+    assert page.render(StudyReport.alone(study(5))) == page.render(StudyReport.alone(study(5)))
 
 
 def test_an_empty_study_is_a_page_without_charts(study: Study) -> None:
-    html = page.render(study(0))
+    html = page.render(StudyReport.alone(study(0)))
     assert len(Tables(html).rows["overview"]) == 2
     assert '<script type="application/json"' not in html
 
@@ -179,7 +179,7 @@ def test_identical_candidate_draws_at_the_edge_and_says_so(study: Study) -> None
     report = dataclasses.replace(
         report, candidates=(dataclasses.replace(first, findings=zero), *report.candidates[1:]), noise_floor=0.0
     )
-    html = page.render(report)
+    html = page.render(StudyReport.alone(report))
     assert f"KL is 0, drawn at the lower edge: {first.label}" in html
     assert "NaN" not in html
     row = next(r for r in Tables(html).rows["overview"] if r[0].startswith(first.label))
@@ -191,12 +191,12 @@ def test_candidates_without_findings_are_listed_as_not_scored(study: Study) -> N
     report = dataclasses.replace(study(1), candidates=(bare,))
     assert charts(report) == []
     assert "not scored" in summary.sentence(report, bare)
-    page.render(report)
+    page.render(StudyReport.alone(report))
 
 
 def test_write_replaces_whole_files_only(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "new" / "report.html"
-    assert write(study(2), target) == target
+    assert write(StudyReport.alone(study(2)), target) == target
     old = target.read_text()
 
     def full(fd: int) -> None:
@@ -204,7 +204,7 @@ def test_write_replaces_whole_files_only(study: Study, tmp_path: Path, monkeypat
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StorageError, match="No space left"):
-        write(study(3), target)
+        write(StudyReport.alone(study(3)), target)
     assert target.read_text() == old
     assert [p.name for p in target.parent.iterdir()] == ["report.html"]
 
@@ -212,7 +212,7 @@ def test_write_replaces_whole_files_only(study: Study, tmp_path: Path, monkeypat
 def test_write_into_a_file_names_the_path(study: Study, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"):
-        write(study(1), tmp_path / "file" / "report.html")
+        write(StudyReport.alone(study(1)), tmp_path / "file" / "report.html")
 
 
 def test_every_chart_is_valid_vega_lite(study: Study) -> None:

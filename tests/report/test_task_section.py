@@ -13,7 +13,7 @@ import pytest
 from lowbit.evaluation.metrics.agreement import Flips
 from lowbit.evaluation.task_findings import TaskFinding
 from lowbit.report import page, task_section, terminal
-from lowbit.report.model import LostItem, Report
+from lowbit.report.model import LostItem, Report, StudyReport
 
 HOSTILE = "</td></table><script>alert(1)</script>\x1b[31m"
 
@@ -44,7 +44,7 @@ def cells(html: str, key: str) -> list[list[str]]:
 
 
 def test_the_table_holds_tasks_by_versions(asked: Report) -> None:
-    html = page.render(asked)
+    html = page.render(StudyReport.alone(asked))
     head, *rows = cells(html.split("What it can still do")[1], "tasks")
     order = [c.label for c in sorted(asked.candidates[:2], key=lambda c: c.bytes_total)]
     assert [name.split()[0] for name in head[3:]] == order  # the third answered nothing
@@ -88,5 +88,5 @@ def test_terminal_markdown_and_json_hold_every_finding(asked: Report) -> None:
 def test_without_tasks_nothing_is_said(study: Callable[..., Report]) -> None:
     report = study(2)
     assert task_section.tasks(report) == ""
-    assert "can still do" not in page.render(report)
+    assert "can still do" not in page.render(StudyReport.alone(report))
     assert "Reference" not in terminal.plain(report).split("Paired")[0]

@@ -100,7 +100,7 @@ def test_the_table_and_the_json_show_them(done: tuple[grid.Grid, Path], capsys: 
     table = capsys.readouterr().out
     assert table.index("KL") < table.index("\nTask ") < table.index("\nown ") < table.index("holm, 8 tests")
     show_reports(folder, "asked", [planned], "json")
-    (report,) = json.loads(capsys.readouterr().out)
+    (report,) = json.loads(capsys.readouterr().out)["reports"]
     found = {(f["task"], f["measure"]) for c in report["candidates"] for f in c["task_findings"]}
     assert found == {(t, m) for t in ("copa", "own") for m in ("accuracy", "accuracy per character")}
 

@@ -57,6 +57,7 @@ class Stream(NamedTuple):
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a server of ours ends with us
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lowbit", type=Path, required=True, help="a native checkpoint")
     parser.add_argument("--dense", type=Path, help="the original, for lowbit's dense run and transformers serve")
@@ -106,7 +107,14 @@ def peers(a: argparse.Namespace) -> Iterator[Peer]:
         yield Peer("transformers batching", [*theirs, "--continuous-batching"], model, {})
     if a.gguf:
         llama = [a.llama_python, "-m", "llama_cpp.server", "--model", str(a.gguf), "--port", "PORT"]
-        yield Peer("llama.cpp", [*llama, "--n_threads", str(a.threads), "--model_alias", "m"], "m", {})
+        never = {"logit_bias": {str(token): -100 for token in ends(a.lowbit)}}
+        yield Peer("llama.cpp", [*llama, "--n_threads", str(a.threads), "--model_alias", "m"], "m", never)
+
+
+def ends(checkpoint: Path) -> list[int]:
+    """The tokens that end a text, which a server without ``ignore_eos`` is told never to write."""
+    found = json.loads((checkpoint / "config.json").read_text())["eos_token_id"]
+    return found if isinstance(found, list) else [found]
 
 
 def measured(peer: Peer, a: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -1,17 +1,23 @@
 """Every layout: does its export open in every installed reader, with the same bits and the same predictions?
 
     python benchmarks/roundtrip.py --work DIR [--site SITE_PACKAGES] [--only awq=rtn:int4-g64] MODEL ...
+    python benchmarks/roundtrip.py --work DIR --gguf FILE
 
 For each MODEL (a directory, or ``smollm2``) and layout: quantize with a recipe that the layout holds, export, let
 every reader of ``lowbit check`` read the saved files, import them again and compare every stored part; prints
 docs/results/roundtrip.md. Checkpoints are kept in ``--work`` and made once. ``--site`` is a folder of readers that are
 no dependencies of the package (llama-cpp-python), searched last. Codes are rounded to nearest, since which codes they
-are makes no difference here.
+are makes no difference here. GPTQModel, whose kernels transformers takes for ``gptq`` and ``awq``, wants a newer torch
+than ``[all]`` brings: run the page in an environment that has it.
+
+With ``--gguf`` the file becomes a native checkpoint and a GGUF file again; prints one JSON object: tensors, those of
+the same type, shape and bytes, and metadata keys that are lost, new, or changed. Ends with 1 unless all tensors are.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -21,10 +27,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from gguf import GGUFReader, ReaderTensor
 
 from lowbit.errors import LowbitError
 from lowbit.io.check import TOKENS, check
 from lowbit.io.convert import convert
+from lowbit.io.importing import import_low_bit
 from lowbit.io.interchange.registry import DENSE
 from lowbit.io.opening import LowBit, open_low_bit
 from lowbit.models.resolve import open_model
@@ -123,11 +131,49 @@ def parts_equal(one: LowBit, other: LowBit) -> str:
     return f"{equal} of {count}"
 
 
+class Back(NamedTuple):
+    """A GGUF file against what it became through a native checkpoint."""
+
+    tensors: int
+    same: int
+    different: list[str]
+    keys: int
+    lost: list[str]
+    new: list[str]
+    changed: list[str]
+
+
+def gguf_and_back(file: Path, work: Path) -> Back:
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        native, again = Path(folder) / file.stem, Path(folder) / "again.gguf"
+        import_low_bit(open_low_bit(file), native)
+        convert(open_low_bit(native), "gguf", again)
+        one, other = GGUFReader(file), GGUFReader(again)
+        tensors, others = ({t.name: t for t in reader.tensors} for reader in (one, other))
+        different = sorted(
+            name for name in tensors.keys() | others.keys()
+            if name not in tensors or name not in others or identity(tensors[name]) != identity(others[name])
+        )  # fmt: skip
+        keys, again_keys = (
+            {k: f.contents() for k, f in r.fields.items() if not k.startswith("GGUF.")} for r in (one, other)
+        )
+        return Back(
+            len(tensors), len(tensors) - sum(name in tensors for name in different), different, len(keys),
+            sorted(keys.keys() - again_keys.keys()), sorted(again_keys.keys() - keys.keys()),
+            sorted(k for k in keys.keys() & again_keys.keys() if keys[k] != again_keys[k]),
+        )  # fmt: skip
+
+
+def identity(tensor: ReaderTensor) -> tuple[object, ...]:
+    return tensor.tensor_type, tuple(tensor.shape), tensor.data.tobytes()
+
+
 def versions() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     found = []
-    for name in ("transformers", "compressed-tensors", "bitsandbytes", "gguf", "llama-cpp-python", "torch"):
+    for name in ("transformers", "compressed-tensors", "bitsandbytes", "gguf", "llama-cpp-python", "optimum",
+                 "gptqmodel", "torch"):  # fmt: skip
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
@@ -137,14 +183,20 @@ def versions() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("models", nargs="+")
+    parser.add_argument("models", nargs="*")
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="this file, there and back")
     parser.add_argument("--site", help="folder of more readers")
     parser.add_argument("--only", action="append", default=[], metavar="LAYOUT=RECIPE")
     given = parser.parse_args()
     if given.site:
         sys.path.append(given.site)
     os.environ.setdefault("TQDM_DISABLE", "1")
+    given.work.mkdir(parents=True, exist_ok=True)
+    if given.gguf:
+        back = gguf_and_back(given.gguf, given.work)
+        print(json.dumps({"file": given.gguf.name, **back._asdict()}, indent=1))
+        sys.exit(bool(back.different))
     shown = [*(["--site SITE_PACKAGES"] if given.site else []), *(f"--only {case}" for case in given.only)]
     print(HEAD.format(tokens=TOKENS))
     for model in given.models:

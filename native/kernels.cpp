@@ -6,15 +6,21 @@
 
 namespace lowbit {
 
+#define LOWBIT_OF(isa) \
+    {#isa, isa::store, isa::multiply, isa::packed_enter, isa::packed_multiply, isa::packed_decode}
+
 std::vector<const Kernels*> available() {
-    static const Kernels portable_kernels{"portable", portable::store, portable::multiply};
+    static const Kernels portable_kernels = LOWBIT_OF(portable);
     std::vector<const Kernels*> out{&portable_kernels};
 #if defined(__x86_64__)
-    static const Kernels avx2_kernels{"avx2", avx2::store, avx2::multiply};
-    static const Kernels avx512_kernels{"avx512", avx512::store, avx512::multiply};
-    static const Kernels vbmi_kernels{"vbmi", vbmi::store, vbmi::multiply};
+    static const Kernels avx2_kernels = LOWBIT_OF(avx2);
+    static const Kernels avx512_kernels = LOWBIT_OF(avx512);
+    static const Kernels vbmi_kernels = LOWBIT_OF(vbmi);
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("bmi2") || !__builtin_cpu_supports("popcnt")) return out;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("bmi2") || !__builtin_cpu_supports("popcnt") ||
+        !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) {
+        return out;
+    }
     out.push_back(&avx2_kernels);
     if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
         !__builtin_cpu_supports("avx512vl")) {
@@ -23,7 +29,7 @@ std::vector<const Kernels*> available() {
     out.push_back(&avx512_kernels);
     if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) out.push_back(&vbmi_kernels);
 #elif defined(__aarch64__)
-    static const Kernels neon_kernels{"neon", neon::store, neon::multiply};
+    static const Kernels neon_kernels = LOWBIT_OF(neon);
     out.push_back(&neon_kernels);
 #endif
     return out;

@@ -7,6 +7,7 @@
 
 #include "decode.h"
 #include "multiply.h"
+#include "packed.h"
 
 namespace lowbit {
 
@@ -22,6 +23,9 @@ struct Kernels {
     const char* name;
     bool (*store)(Batch&, const Target&);  // false: a stream was overrun
     bool (*multiply)(Batch&, const Factors&);
+    decltype(portable::packed_enter)* packed_enter;  // see packed.h
+    decltype(portable::packed_multiply)* packed_multiply;
+    decltype(portable::packed_decode)* packed_decode;
 };
 
 // Those that this processor runs, slowest first.

@@ -8,6 +8,7 @@ void bind_babai(nb::module_& m);
 void bind_codec(nb::module_& m);
 void bind_checksum(nb::module_& m);
 void bind_grouped(nb::module_& m);
+void bind_packed(nb::module_& m);
 void bind_product(nb::module_& m);
 void bind_reader(nb::module_& m);
 
@@ -16,6 +17,7 @@ NB_MODULE(_native, m) {
     bind_codec(m);
     bind_checksum(m);
     bind_grouped(m);
+    bind_packed(m);
     bind_product(m);
     bind_reader(m);
 }

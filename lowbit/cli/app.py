@@ -21,6 +21,7 @@ from lowbit.cli import (
     inspect,
     plan,
     quantize,
+    report,
     sensitivity,
     serve,
     study,
@@ -56,6 +57,7 @@ app.command("plan")(plan.plan)
 app.command("quantize")(quantize.quantize)
 app.command("card")(card.card)
 app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("advise")(advise.advise)
 app.command("sensitivity")(sensitivity.sensitivity)
 app.command("compress")(compress.compress)

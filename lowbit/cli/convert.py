@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli.export import Out, To, told
+from lowbit.cli.export import AllowRounding, Out, RoundTo, To, told
 from lowbit.cli.options import Json, quiet, say
 
 if TYPE_CHECKING:
@@ -19,20 +19,22 @@ def convert(
     path: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint, anybody's low-bit directory, or a .gguf.")],
     to: To,
     out: Out,
-    allow_rounding: Annotated[
-        bool, typer.Option("--allow-rounding", help="Where the target cannot hold a linear, round it once more.")
-    ] = False,
-    format: Annotated[
-        str | None, typer.Option("--format", help="What to round to; else the target's own format nearest in bits.")
-    ] = None,
+    allow_rounding: AllowRounding = False,
+    format: RoundTo = None,
     as_json: Json = False,
 ) -> None:
     """Convert low-bit files. Exact, or refused with the reason; with --allow-rounding, at a stated cost."""
     quiet()
+    run(path, to, out, allow_rounding, format, as_json)
+
+
+def run(path: Path, to: str, out: Path, allow_rounding: bool, format: str | None, as_json: bool) -> None:
+    """Write the low-bit files of ``path`` as ``to``, and tell the user what became of them, and what rounding cost."""
     from lowbit.cli.progress import Bars
     from lowbit.errors import ExportError
-    from lowbit.io.convert import convert as run
+    from lowbit.io.convert import convert as written
     from lowbit.io.opening import open_low_bit
+    from lowbit.io.rounding import to_fit
 
     if format is not None and not allow_rounding:
         raise ExportError("--format rounds", where=to, fix="--allow-rounding beside it")
@@ -41,28 +43,20 @@ def convert(
         say(f"Note: {warning}.")
     with Bars() as bars:
         try:
-            done = run(model, to, out, lambda d, t: bars.update(to, d, t, "blocks"))
+            done = written(model, to, out, lambda d, t: bars.update(to, d, t, "blocks"))
         except ExportError as error:
             if not allow_rounding:
                 more = f"{error.fix}; or --allow-rounding, which says what it costs".lstrip("; ")
                 raise ExportError(error.what, where=error.where, why=error.why, fix=more) from error
-            rounded = _rounded(model, to, format)
-            done = run(model, to, out, lambda d, t: bars.update(to, d, t, "blocks"), rounded)
+            rounded = to_fit(model, to, format)
+            if not rounded.sites:  # every linear fits: what is refused is no matter of rounding
+                raise
+            done = written(model, to, out, lambda d, t: bars.update(to, d, t, "blocks"), rounded)
     if rounded is not None:
         cost = _cost(model, rounded)
     told(done, as_json, **({} if cost is None else {"rounding": cost}))
     if cost is not None and not as_json:
         _show(cost)
-
-
-def _rounded(model: LowBit, to: str, format: str | None) -> Rounded:
-    from lowbit.formats.presets import preset
-    from lowbit.io.rounding import Rounded, to_fit
-
-    name, _, kind = to.partition(":")
-    if name == "gguf":  # every linear: its writer picks types, and refuses what the format still cannot give it
-        return Rounded(model, preset(format or kind or "q8_0"), frozenset(model.specs))
-    return to_fit(model, to, format)
 
 
 def _cost(model: LowBit, rounded: Rounded) -> dict[str, Any]:

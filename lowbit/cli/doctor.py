@@ -9,7 +9,10 @@ from typing import Any
 
 from lowbit.cli.options import Json, emit, quiet
 
-_PACKAGES = ("lowbit", "torch", "transformers", "safetensors", "gguf", "numpy", "pyarrow", "duckdb", "lm_eval", "ray")
+_PACKAGES = (
+    "lowbit", "torch", "transformers", "safetensors", "gguf", "numpy", "pyarrow", "duckdb", "lm_eval", "datasets",
+    "ray", "submitit",
+)  # fmt: skip
 
 
 def doctor(as_json: Json = False) -> None:

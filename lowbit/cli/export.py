@@ -19,6 +19,13 @@ To = Annotated[
         help="gptq, gptq-v2, awq, compressed-tensors, bnb, gguf[:TYPE], bf16, fp16 or fp32.",
     ),
 ]  # fmt: skip
+AllowRounding = Annotated[
+    bool, typer.Option("--allow-rounding", help="Where the target cannot hold a linear, round it once more.")
+]
+RoundTo = Annotated[
+    str | None,
+    typer.Option("--format", help="What to round to; else the target's own format nearest in bits (gguf: q8_0)."),
+]
 Out = Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="The result: a directory, or a .gguf file.")]
 
 
@@ -26,23 +33,21 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint of lowbit quantize.")],
     to: To,
     out: Out,
+    allow_rounding: AllowRounding = False,
+    format: RoundTo = None,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint for another engine. No code is rounded: what a layout cannot hold exactly is refused."""
+    """Write a checkpoint for another engine. Exact, or refused; with --allow-rounding, at a stated cost."""
     quiet()
-    from lowbit.cli.progress import Bars
+    from lowbit.cli.convert import run
     from lowbit.errors import ModelError
-    from lowbit.io.convert import convert
-    from lowbit.io.opening import open_low_bit
     from lowbit.io.reading import is_native
 
     if not is_native(checkpoint):
         raise ModelError(
             "is no checkpoint of lowbit quantize", where=str(checkpoint), fix="lowbit convert, for files of others"
         )
-    with Bars() as bars:
-        done = convert(open_low_bit(checkpoint), to, out, lambda d, t: bars.update(to, d, t, "blocks"))
-    told(done, as_json)
+    run(checkpoint, to, out, allow_rounding, format, as_json)
 
 
 def told(done: Exported, as_json: bool, **more: Any) -> None:

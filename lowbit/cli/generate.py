@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from lowbit.cli.opened import KV, Kernels, MemoryLimit, described
 from lowbit.cli.options import Dtype, Json, Seed, emit, quiet, say
 
 
@@ -20,22 +21,9 @@ def generate(
     ] = False,
     seed: Seed = 0,
     dtype: Dtype = "auto",
-    kernels: Annotated[
-        Literal["auto", "reference", "dense"],
-        typer.Option("--kernels", help="dense decodes all weights once: faster, with the memory of the original."),
-    ] = "auto",
-    kv: Annotated[
-        str | None,
-        typer.Option("--kv", metavar="FORMAT", help="Keys and values in few bits (int4-head); default: as OUT says."),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            "--memory",
-            metavar="SIZE",
-            help="Hold no more than this, Python included (512MiB); blocks beyond it are read at every token.",
-        ),
-    ] = None,
+    kernels: Kernels = "auto",
+    kv: KV = None,
+    memory: MemoryLimit = None,
     draft: Annotated[
         int,
         typer.Option(
@@ -58,27 +46,14 @@ def generate(
     """Generate text; a chat template is applied when the model has one."""
     quiet()
     import torch
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
-    from lowbit.errors import ModelError, RecipeError
-    from lowbit.formats.heads import CacheFormat
-    from lowbit.io import native
-    from lowbit.models.resolve import locate
-    from lowbit.pipeline.allocate import size as parse_size
-    from lowbit.runtime.facade import cache_format, load
+    from lowbit.errors import RecipeError
     from lowbit.runtime.kvcache import KVCache
-    from lowbit.study.stages import dense_model, torch_dtype
+    from lowbit.study.stages import torch_dtype
 
-    asked = None if kv is None else CacheFormat.parse(kv)
-    limit = None if memory is None else parse_size(memory)
-    path = locate(model, say)
-    kind = torch_dtype(dtype)
-    if limit is not None and not native.is_native(path):
-        raise RecipeError("--memory is of low-bit checkpoints", where=model, fix="lowbit quantize it first")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the tokenizer cannot be read: {error}", where=str(path)) from error
+    found = described(model, dtype, kernels, kv, memory)
+    tokenizer, longest = found.tokenizer, found.longest
     if tokenizer.chat_template and not raw:
         messages = [{"role": "user", "content": prompt}]
         inputs: Any = tokenizer.apply_chat_template(
@@ -87,19 +62,13 @@ def generate(
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     given = inputs["input_ids"].shape[1]
-    loaded: Any
-    if native.is_native(path):
-        loaded = load(path, dtype=kind, kernels=kernels, memory=limit, tokens=given + tokens)
-    else:
-        loaded = dense_model(path, dtype)
-    longest = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if given == 0 or (longest is not None and given + tokens > longest):
         raise RecipeError(
             "the prompt is empty" if given == 0
             else f"{given} tokens of prompt and {tokens} new ones, the model reads at most {longest}", where=model,
             fix="a prompt" if given == 0 else f"a shorter prompt, or -n {max(longest - given, 1)}",
         )  # fmt: skip
-    rounding = asked or cache_format(loaded)
+    loaded, _, rounding, _ = found.load(given + tokens)
     if draft and (temperature > 0 or rounding is not None):
         raise RecipeError(
             "--draft goes with greedy text and a cache in full", where=model,
@@ -108,7 +77,7 @@ def generate(
     cache = None if rounding is None else KVCache(loaded.config, rounding)
     if cascade is not None:
         _cascade(cascade, loaded, tokenizer, inputs["input_ids"], tokens, dtype, kernels, cache, as_json,
-                 plain=temperature == 0 and draft == 0 and limit is None)  # fmt: skip
+                 plain=temperature == 0 and draft == 0 and memory is None)  # fmt: skip
         return
     torch.manual_seed(seed or 0)
     started = time.perf_counter()
@@ -129,7 +98,7 @@ def generate(
     else:
         rate = f"{made / seconds:.1f} tokens/s, reading the prompt included"
         held = "" if cache is None else f", keys and values in {cache.nbytes / 1e6:.2f} MB of {rounding}"
-        say(f"{made} tokens in {seconds:.1f} s ({rate}, {str(kind).removeprefix('torch.')}{held})")
+        say(f"{made} tokens in {seconds:.1f} s ({rate}, {str(torch_dtype(dtype)).removeprefix('torch.')}{held})")
 
 
 def _cascade(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
@@ -39,10 +40,39 @@ class Opened(NamedTuple):
     """Tokens that the model reads at most, where its configuration says so."""
 
 
-def opened(name: str, dtype: str, kernels: str, kv: str | None, memory: str | None, tokens: int) -> Opened:
-    """Load a native checkpoint, or any model, for texts of ``tokens``, or as many as it reads if that is less.
+class Described(NamedTuple):
+    """A model that is there and fits its options, before its weights are read."""
 
-    Raises RecipeError for options that mean nothing here, ModelError and CheckpointError.
+    path: Path
+    tokenizer: Any
+    kv: CacheFormat | None
+    """As asked for; the checkpoint may have its own."""
+    longest: int | None
+    """Tokens that the model reads at most, where its configuration says so."""
+    dtype: str
+    kernels: str
+    memory: int | None
+
+    def load(self, tokens: int) -> Opened:
+        """Its weights, for texts of ``tokens``, or as many as it reads if that is less. Raises CheckpointError."""
+        from lowbit.io import native
+        from lowbit.runtime.facade import cache_format, load
+        from lowbit.study.stages import dense_model, torch_dtype
+
+        if native.is_native(self.path):
+            tokens = tokens if self.longest is None else min(tokens, self.longest)
+            model = load(
+                self.path, dtype=torch_dtype(self.dtype), kernels=self.kernels, memory=self.memory, tokens=tokens
+            )  # fmt: skip
+        else:
+            model = dense_model(self.path, self.dtype)
+        return Opened(model, self.tokenizer, self.kv or cache_format(model), self.longest)
+
+
+def described(name: str, dtype: str, kernels: str, kv: str | None, memory: str | None) -> Described:
+    """Find a native checkpoint, or any model, and read its tokenizer and configuration.
+
+    Raises RecipeError for options that mean nothing here, and ModelError.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -51,13 +81,10 @@ def opened(name: str, dtype: str, kernels: str, kv: str | None, memory: str | No
     from lowbit.io import native
     from lowbit.models.resolve import locate
     from lowbit.pipeline.allocate import size
-    from lowbit.runtime.facade import cache_format, load
-    from lowbit.study.stages import dense_model, torch_dtype
 
     asked = None if kv is None else CacheFormat.parse(kv)
     limit = None if memory is None else size(memory)
     path = locate(name, say)
-    kind = torch_dtype(dtype)
     if limit is not None and not native.is_native(path):
         raise RecipeError("--memory is of low-bit checkpoints", where=name, fix="lowbit quantize it first")
     try:
@@ -66,9 +93,9 @@ def opened(name: str, dtype: str, kernels: str, kv: str | None, memory: str | No
     except (OSError, ValueError) as error:
         raise ModelError(f"its tokenizer or configuration cannot be read: {error}", where=str(path)) from error
     longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    tokens = tokens if longest is None else min(tokens, longest)
-    if native.is_native(path):
-        model = load(path, dtype=kind, kernels=kernels, memory=limit, tokens=tokens)
-    else:
-        model = dense_model(path, dtype)
-    return Opened(model, tokenizer, asked or cache_format(model), longest)
+    return Described(path, tokenizer, asked, longest, dtype, kernels, limit)
+
+
+def opened(name: str, dtype: str, kernels: str, kv: str | None, memory: str | None, tokens: int) -> Opened:
+    """``described`` and loaded, where the length of the texts is known before its tokenizer is."""
+    return described(name, dtype, kernels, kv, memory).load(tokens)

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from lowbit.cli.options import say
 from lowbit.cli.progress import Bars
-from lowbit.study import engine, ray_executor
+from lowbit.study import engine, ray_executor, slurm_executor
 from lowbit.study.executors import Executor, inline, processes
 from lowbit.study.grid import Planned
 from lowbit.study.store import Store
 
-Where = Literal["local", "ray"]
-"""On this machine, or on those of a Ray cluster."""
+Where = Literal["local", "ray", "slurm"]
+"""On this machine, on those of a Ray cluster, or as jobs of a Slurm cluster."""
 
 
 def run_grids(
@@ -51,6 +51,8 @@ def run_grids(
 def _executor(folder: Path, jobs: int, where: Where) -> Executor:
     if where == "ray":
         return ray_executor.cluster(jobs, folder)
+    if where == "slurm":
+        return slurm_executor.cluster(jobs, folder)
     return inline() if jobs == 1 else processes(jobs)
 
 

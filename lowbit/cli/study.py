@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -19,8 +20,8 @@ def run(
     store: StoreFolder = None,
     jobs: Jobs = 1,
     executor: Annotated[
-        Literal["local", "ray"],
-        typer.Option("-x", "--executor", help="Where the workers are: here, or on a Ray cluster (RAY_ADDRESS)."),
+        Literal["local", "ray", "slurm"],
+        typer.Option("-x", "--executor", help="Where cells run: here, on a Ray cluster (RAY_ADDRESS), as Slurm jobs."),
     ] = "local",
     report: Annotated[
         Path | None,
@@ -37,7 +38,7 @@ def run(
     from lowbit.cli.run import run_grids
     from lowbit.cli.tables import show_reports
 
-    opened = _open(file, store)
+    opened = open_study(file, store)
     failed = run_grids(opened.folder, opened.study.name, opened.study.model_dump(), opened.grids, jobs, executor)
     html = report or opened.folder / "report.html"
     asked = opened.study.analyses
@@ -65,10 +66,13 @@ def show(
     if sql is not None:
         _answer(file, store, sql, as_json)
         return
-    opened = _open(file, store)
+    opened = open_study(file, store)
     cells = [cell for grid in opened.grids for cell in grid.cells]
     with Store(opened.folder, create=False) as held:
         rows = held.lookup([cell.key for cell in cells])
+        old = held.superseded(opened.study.name, [cell.key for cell in cells])
+    if old:
+        say(f"{old} done cells of this study are of another version of lowbit or of its file, and do not count")
     say(f"{sum(row.status == 'done' for row in rows.values())} of {len(cells)} cells are done")
     for cell in cells:
         row = rows.get(cell.key)
@@ -88,29 +92,30 @@ def report(
         typer.Option("-o", "--out", metavar="FILE", help="The HTML file. Default: report.html in the store."),
     ] = None,
 ) -> None:
-    """Write the HTML report of what is done; computes nothing."""
+    """Write the HTML report of what is done; the same as `lowbit report`."""
+    from lowbit.cli.report import write_report
+
     quiet()
-    from lowbit.cli.tables import show_reports
-
-    opened = _open(file, store)
-    html, asked = out or opened.folder / "report.html", opened.study.analyses
-    show_reports(opened.folder, opened.study.name, opened.grids, "none", html, asked)
+    write_report(open_study(file, store), out)
 
 
-class _Opened(NamedTuple):
+class Opened(NamedTuple):
     """A ``Study``, its ``Grid``s and its folder; the types' modules import torch, too slow for help."""
 
     study: Any
     grids: list[Any]
     folder: Path
+    command: str
+    """What makes its results."""
 
 
-def _open(file: Path, store: Path | None) -> _Opened:
+def open_study(file: Path, store: Path | None) -> Opened:
     """What a study file says, and where its store lies."""
     from lowbit.study import grid, spec
 
     study = spec.load(file)
-    return _Opened(study, grid.of_study(study, say), _folder(study.name, store))
+    command = ["lowbit", "study", "run", str(file), *([] if store is None else ["--store", str(store)])]
+    return Opened(study, grid.of_study(study, say), _folder(study.name, store), shlex.join(command))
 
 
 def _folder(name: str, store: Path | None) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ from lowbit.report import terminal, write
 from lowbit.report.model import Report, StudyReport
 from lowbit.study import assemble
 from lowbit.study.grid import Grid
+from lowbit.study.progress import work
 from lowbit.study.store import Store
 
 Output = Literal["auto", "plain", "md", "json", "none"]
@@ -21,23 +22,36 @@ Output = Literal["auto", "plain", "md", "json", "none"]
 
 def show_reports(
     folder: Path, name: str, grids: Sequence[Grid], output: Output, html: Path | None = None,
-    analyses: Sequence[str] = (),
+    analyses: Sequence[str] = (), command: str = "",
 ) -> None:  # fmt: skip
     """Print a table a model and what the ``analyses`` found, then the path of the report (beside JSON: to stderr).
 
-    A model whose original is not scored yet is named on standard error; where no model's is, that is all.
+    A model whose original is not scored yet is named on standard error; where no model's is, the report only says how
+    far the cells are. ``command`` is shown as what made the report, else this one.
     """
     with Store(folder, create=False) as store:
-        found = assemble.study(store, name, grids, analyses, command=shlex.join(["lowbit", *sys.argv[1:]]), say=say)
-    if found is None:
-        return
-    if output == "json":
+        found = found_so_far(store, name, grids, analyses, command or shlex.join(["lowbit", *sys.argv[1:]]))
+    if not found.reports:
+        if html is None:
+            return
+    elif output == "json":
         emit(json.loads(terminal.to_json(found)))
     elif output != "none":
         _print(found, output, titled=len(grids) > 1)
     if html is not None:
         write(found, html)
         (say if output == "json" else print)(str(html))
+
+
+def found_so_far(
+    store: Store, name: str, grids: Sequence[Grid], analyses: Sequence[str], command: str,
+    tell: Callable[[str], object] = say,
+) -> StudyReport:  # fmt: skip
+    """What a study has shown by now; where nothing is scored, only how far it is."""
+    found = assemble.study(store, name, grids, analyses, command, tell)
+    if found is not None:
+        return found
+    return assemble.unscored(name, work(store, [cell for grid in grids for cell in grid.cells]), command)
 
 
 def _print(found: StudyReport, output: Literal["auto", "plain", "md"], titled: bool) -> None:

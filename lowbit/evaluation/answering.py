@@ -52,8 +52,8 @@ def ask(
                 f"{size} tokens with its answer, the model reads at most {longest}",
                 where=f"{task.name}, {question.id}",
                 why="a prompt that is cut is another question",
-                fix="--drop-long leaves such questions out and says how many" + (
-                    f", --shots shows fewer than {task.shots} examples" if task.shots > 1 else ""),
+                fix="--drop-long (in a study tasks.drop_long) leaves such questions out and says how many" + (
+                    f", --shots (tasks.shots) shows fewer than {task.shots} examples" if task.shots > 1 else ""),
             )  # fmt: skip
         long.append(question.id)
     if len(kept) < 2:
@@ -80,7 +80,7 @@ def answer(
         raise EvidenceError(
             "its answers are programs, which are run with tests", where=asked.task.name,
             why="code that a model wrote is untrusted",
-            fix="--allow-code runs it in a process of its own without network",
+            fix="--allow-code (in a study tasks.allow_code) runs it in a process of its own without network",
         )  # fmt: skip
     if kind in ("choice", "cloze"):
         return _scored(scorer, reader, asked, on_items)

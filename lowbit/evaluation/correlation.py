@@ -21,6 +21,11 @@ WEAK = 0.6
 """Below this |r| a task is not foretold: perplexity explains a third of its variance at most."""
 
 
+LEAST = 4
+"""Versions below which there is no correlation to speak of."""
+_DRAWS = 2000
+
+
 class Correlation(NamedTuple):
     """Of log-perplexity and one task's score over the versions of a sweep."""
 
@@ -50,7 +55,7 @@ def _correlation(
     task: str, x: Float[np.ndarray, " versions"], y: Float[np.ndarray, " versions"], weak: float, level: float
 ) -> Correlation:
     n = len(x)
-    if n < 4 or y.shape != x.shape or not np.isfinite([x, y]).all():
+    if n < LEAST or y.shape != x.shape or not np.isfinite([x, y]).all():
         raise EvidenceError(
             f"{n} perplexities and {len(y)} scores, or NaN among them", where=task,
             why="a correlation needs four versions at least", fix="a sweep of twelve or more",
@@ -71,3 +76,47 @@ def _correlation(
     else:
         warning = ""
     return Correlation(task, interval, rank, warning)
+
+
+def p_weak(found: Correlation, weak: float = WEAK, *, shown: bool = False) -> float:
+    """The p-value of "perplexity foretells this task with |r| of ``weak`` or more": small shows that it does not.
+
+    With ``shown`` that of the opposite: small shows that it does, and in the right direction (scores fall). Normal, by
+    Fisher's z. 1 where there is no correlation.
+    """
+    r, n = found.pearson.estimate, found.pearson.n
+    if not math.isfinite(r):
+        return 1.0
+    size = -r if shown else abs(r)
+    z = (math.atanh(max(min(size, 1 - 1e-15), -1 + 1e-15)) - math.atanh(weak)) * math.sqrt(n - 3)
+    return float(special.ndtr(-z if shown else z))
+
+
+def mean_foretold(
+    log_perplexity: Float[np.ndarray, " versions"], scores: Mapping[str, Float[np.ndarray, " versions"]],
+    *, level: float = 0.95, seed: int = 0,
+) -> Interval:  # fmt: skip
+    """The mean over tasks of -r, with percentiles of versions drawn anew (tasks share their versions).
+
+    Signs count: a mean of |r| is above 0 for noise. Tasks without spread in a draw count as 0 there. Raises
+    EvidenceError for fewer than four versions or no task.
+    """
+    n = len(log_perplexity)
+    if n < LEAST or not scores:
+        raise EvidenceError(
+            f"{n} versions and {len(scores)} tasks", where="mean of correlations", fix="four versions, one task"
+        )
+    table = np.array([log_perplexity, *scores.values()])
+    rng = np.random.default_rng(seed)
+    drawn = np.array([_mean_r(table[:, rng.integers(0, n, n)]) for _ in range(_DRAWS)])
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(_mean_r(table), float(low), float(high), float(drawn.std(ddof=1)), n, n, f"{_DRAWS} times")
+
+
+def _mean_r(table: Float[np.ndarray, "rows versions"]) -> float:
+    """Minus the mean correlation of the first row with the others."""
+    centred = table - table.mean(axis=1, keepdims=True)
+    norm = np.sqrt((centred**2).sum(axis=1))
+    product = centred[1:] @ centred[0]
+    scale = norm[1:] * norm[0]
+    return -float(np.mean(np.divide(product, scale, out=np.zeros_like(product), where=scale > 1e-12)))

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lowbit import digest
 from lowbit.arrays import Float, Tensor
 from lowbit.errors import EvidenceError
 from lowbit.evaluation.head import Head
@@ -80,9 +81,9 @@ def write_reference(folder: Path, reference: Reference) -> None:
     tensors = {"hidden": reference.hidden, "log_normalizer": reference.log_normalizer, "head": reference.head.weight}
     if reference.head.bias is not None:
         tensors["bias"] = reference.head.bias
-    cap = "" if reference.head.cap is None else repr(reference.head.cap)
+    about = digest.canonical({"cap": reference.head.cap, "scale": reference.head.scale})
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / REFERENCE, metadata={"format": "pt", "cap": cap, "scale": repr(reference.head.scale)})
+    save_file(tensors, folder / REFERENCE, metadata={"head": about})  # one entry: several are written in no order
     write_tokens(folder, reference.tokens, reference.provenance)
 
 
@@ -92,14 +93,13 @@ def read_reference(folder: Path) -> Reference:
     try:
         with safe_open(folder / REFERENCE, framework="pt") as file:
             tensors: Mapping[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            held = file.metadata() or {}
-        head = Head(
-            tensors["head"], tensors.get("bias"), float(held["cap"]) if held["cap"] else None, float(held["scale"])
-        )
+            held = json.loads((file.metadata() or {})["head"])
+        cap, scale = held["cap"], held["scale"]
+        head = Head(tensors["head"], tensors.get("bias"), None if cap is None else float(cap), float(scale))
         if not len(tokens) == len(tensors["hidden"]) == len(tensors["log_normalizer"]):
             raise ValueError(f"{len(tensors['hidden'])} hidden states for {len(tokens)} tokens")
         return Reference(tensors["hidden"], head, tensors["log_normalizer"], tokens, provenance)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise EvidenceError(f"is no reference evidence: {error}", where=str(folder / REFERENCE)) from error
 
 

@@ -50,46 +50,18 @@ class Grid:
     def of(
         cls, temperatures: Sequence[float], top_k: Sequence[int | None], seeds: Sequence[int], max_new_tokens: int
     ) -> Grid:
-        """Every temperature with every top-k. Raises EvidenceError for values that mean nothing."""
+        """Every temperature with every top-k; 0 stands once, for there top-k changes nothing.
+
+        Raises EvidenceError for values that mean nothing.
+        """
         bad = [t for t in temperatures if t < 0] + [k for k in top_k if k is not None and k < 1]
         if bad or not temperatures or not top_k or not seeds or max_new_tokens < 1:
             raise EvidenceError(
                 f"no sampler grid: {bad or 'nothing to write'}", where="sampler",
                 fix="temperatures from 0, top-k from 1, at least one seed and one token",
             )  # fmt: skip
-        return cls(tuple(Setting(t, k) for t, k in product(temperatures, top_k)), tuple(seeds), max_new_tokens)
-
-
-class Cost(NamedTuple):
-    """What writing from one prompt took. Prefill and decode apart: one is bound by arithmetic, the other by bytes."""
-
-    prompt_tokens: int
-    prefill_seconds: float
-    rows: int
-    """Texts written at a time."""
-    steps: int
-    decode_seconds: float
-    cache_bytes: int
-    """Keys and values at the end, all rows."""
-    peak_bytes: int
-    """Of the accelerator's allocator, or else the largest resident size of this process that was seen."""
-
-    @property
-    def prefill_rate(self) -> float:
-        """Prompt tokens a second."""
-        return self.prompt_tokens / self.prefill_seconds
-
-    @property
-    def decode_rate(self) -> float:
-        """Tokens a second, all rows together; the first token belongs to the prefill."""
-        return self.rows * (self.steps - 1) / self.decode_seconds if self.steps > 1 else float("nan")
-
-
-class Written(NamedTuple):
-    """What one model wrote: texts by setting, in the order prompt, seed, and the cost of every prompt."""
-
-    texts: dict[Setting, Texts]
-    costs: list[Cost]
+        settings = [Setting(t, k if t else None) for t, k in product(temperatures, top_k)]
+        return cls(tuple(dict.fromkeys(settings)), tuple(seeds), max_new_tokens)
 
 
 def uniforms(prompt: int, seed: int, steps: int) -> Float64[np.ndarray, " steps"]:
@@ -121,19 +93,18 @@ def draw(p: Float[Tensor, "rows vocab"], u: Float[Tensor, "rows"]) -> Int[Tensor
 def write(
     model: PreTrainedModel, reference: PreTrainedModel, prompts: Sequence[Sequence[int]], grid: Grid,
     *, make_cache: MakeCache | None = None, on_prompt: Callable[[int], None] = lambda _: None,
-) -> Written:  # fmt: skip
+) -> dict[Setting, Texts]:  # fmt: skip
     """Write the grid from every prompt; ``reference`` (the 16-bit model, or ``model`` itself) reads the texts after.
 
-    ``make_cache`` gives a low-bit KV cache. Cost: one prefill a prompt, a decode step for all rows at once, and one
-    pass of the reference over what was written. Raises EvidenceError for an empty prompt.
+    Texts come by setting, in the order prompt, seed. ``make_cache`` gives a low-bit KV cache. Cost: one prefill a
+    prompt, a decode step for all rows at once, and one pass of the reference over what was written. Raises
+    EvidenceError for an empty prompt.
     """
     if not prompts or not all(prompts):
         raise EvidenceError("an empty prompt", where="sampler", fix="at least one token in every prompt")
     parts: dict[Setting, list[dict[str, np.ndarray]]] = {s: [] for s in grid.settings}
-    costs = []
     for i, prompt in enumerate(prompts):
         one = _one(model, list(prompt), i, grid, make_cache)
-        costs.append(one.cost)
         nll_ref = one.nll if reference is model else _read(reference, list(prompt), one.token)
         seeds = len(grid.seeds)
         for k, setting in enumerate(grid.settings):
@@ -144,15 +115,70 @@ def write(
                 "nll": one.nll[rows].numpy().astype(np.float32), "nll_ref": nll_ref[rows].numpy().astype(np.float32),
             })  # fmt: skip
         on_prompt(i + 1)
-    texts = {
+    return {
         setting: Texts(**{name: np.concatenate([c[name] for c in columns]) for name in columns[0]})
         for setting, columns in parts.items()
     }
-    return Written(texts, costs)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one text took. Prefill and decode apart: one is bound by arithmetic, the other by bytes."""
+
+    prompt_tokens: int
+    prefill_seconds: float
+    """Of the prompt and the first token."""
+    decode_tokens: int
+    """One at a time, after the first."""
+    decode_seconds: float
+    cache_bytes: int
+    """Keys and values at the end."""
+    peak_bytes: int
+    """Of the accelerator's allocator, or else the largest resident size of this process that was seen."""
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt_tokens / self.prefill_seconds
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second."""
+        return self.decode_tokens / self.decode_seconds
+
+
+@torch.inference_mode()
+def timed(model: PreTrainedModel, prompt: Sequence[int], tokens: int, make_cache: MakeCache | None = None) -> Cost:
+    """Time one greedy text of the first token and ``tokens`` more, past any end; nothing else is computed.
+
+    Models compare only where they take turns in one process (``hypotheses.extremal``): a busy machine slows both.
+    Raises EvidenceError for no prompt or no tokens.
+    """
+    if not prompt or tokens < 1:
+        raise EvidenceError("nothing to time", where="sampler", fix="a prompt, and at least one token after the first")
+    call: Any = model
+    cache = _cache(model, make_cache)
+    ids = torch.tensor([list(prompt)], device=model.device)
+    peak = _Peak(model.device)
+
+    def step(ids: Int[Tensor, "1 new"]) -> Int[Tensor, "1 1"]:
+        logits = call(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        chosen: Tensor = logits[:, -1].argmax(-1, keepdim=True)
+        chosen.item()  # an accelerator is done only now
+        peak.look()
+        return chosen
+
+    started = time.perf_counter()
+    ids = step(ids)
+    prefilled = time.perf_counter()
+    for _ in range(tokens):
+        ids = step(ids)
+    ended = time.perf_counter()
+    return Cost(len(prompt), prefilled - started, tokens, ended - prefilled, _cache_bytes(cache), peak.nbytes)
 
 
 class Gap(NamedTuple):
-    """How far the candidate's next-token distribution is from the reference's, a number a position."""
+    """How far the candidate's next-token distribution is from the reference's, a number a position (or their mean)."""
 
     kl: Float64[np.ndarray, " n"]
     """KL(reference || candidate) in nats, over the tokens that the reference's setting allows, both made to sum to 1
@@ -163,11 +189,12 @@ class Gap(NamedTuple):
 
 @torch.inference_mode()
 def gaps(
-    reference: PreTrainedModel, candidate: PreTrainedModel, text: Sequence[int], settings: Sequence[Setting]
-) -> dict[Setting, Gap]:
-    """The gap after every token of one text, in every setting: one pass of each model."""
+    reference: PreTrainedModel, candidate: PreTrainedModel, text: Sequence[int], settings: Sequence[Setting],
+    start: int = 0,
+) -> dict[Setting, Gap]:  # fmt: skip
+    """The gap after every token of one text from ``start`` on, in every setting: one pass of each model."""
     ids = torch.tensor([list(text)])
-    ours, theirs = (m(input_ids=ids.to(m.device)).logits[0].double().cpu() for m in (reference, candidate))
+    ours, theirs = (m(input_ids=ids.to(m.device)).logits[0, start:].double().cpu() for m in (reference, candidate))
     found = {}
     for setting in settings:
         p, q = warped(ours, setting), warped(theirs, setting)
@@ -194,7 +221,6 @@ class _One(NamedTuple):
     token: Int[Tensor, "rows steps"]
     nll: Float[Tensor, "rows steps"]
     stopped: Tensor
-    cost: Cost
 
 
 def _one(model: PreTrainedModel, prompt: list[int], number: int, grid: Grid, make_cache: MakeCache | None) -> _One:
@@ -203,46 +229,52 @@ def _one(model: PreTrainedModel, prompt: list[int], number: int, grid: Grid, mak
     device, steps, seeds = model.device, grid.max_new_tokens, len(grid.seeds)
     rows = len(grid.settings) * seeds
     u = torch.from_numpy(np.stack([uniforms(number, seed, steps) for seed in grid.seeds]))
-    cache = DynamicCache(config=model.config) if make_cache is None else make_cache(model)
+    cache = _cache(model, make_cache)
     ends = torch.tensor(sorted(end_tokens(model)), device=device)
     token = torch.full((rows, steps), END, dtype=torch.long)
     nll, done = torch.zeros(rows, steps, dtype=torch.float64), torch.zeros(rows, dtype=torch.bool, device=device)
-    peak = _Peak(device)
-    started = time.perf_counter()
     logits = call(input_ids=torch.tensor([prompt], device=device), past_key_values=cache, use_cache=True).logits[:, -1]
-    peak.look()
-    prefilled = time.perf_counter()
     cache.batch_repeat_interleave(rows)
     logits = logits.expand(rows, -1)
-    step = 0
     for step in range(steps):
-        log_p = torch.log_softmax(logits.double(), dim=-1)
         chosen = torch.cat([
             draw(warped(logits[k * seeds : (k + 1) * seeds], setting), u[:, step].to(device))
             for k, setting in enumerate(grid.settings)
         ])  # fmt: skip
         live = ~done
         token[live.cpu(), step] = chosen[live].cpu()
-        nll[live.cpu(), step] = -log_p.gather(1, chosen[:, None])[live, 0].cpu()
+        nll[live.cpu(), step] = _surprise(logits, chosen)[live].cpu()
         done = done | torch.isin(chosen, ends)
-        peak.look()
         if bool(done.all()) or step + 1 == steps:
             break
         logits = call(input_ids=chosen[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
-    ended = time.perf_counter()
-    cost = Cost(
-        len(prompt), prefilled - started, rows, step + 1, ended - prefilled, _cache_bytes(cache), peak.nbytes
-    )  # fmt: skip
-    return _One(token, nll, done.cpu(), cost)
+    return _One(token, nll, done.cpu())
 
 
 def _read(model: PreTrainedModel, prompt: list[int], token: Int[Tensor, "rows steps"]) -> Float[Tensor, "rows steps"]:
-    """-log p of every token written, by another model, in one pass; 0 behind the ends."""
-    written = token != END
-    ids = torch.cat([torch.tensor(prompt).expand(len(token), -1), token.clamp_min(0)], dim=1)
-    logits = model(input_ids=ids.to(model.device)).logits[:, len(prompt) - 1 : -1]
-    log_p = torch.log_softmax(logits.double(), dim=-1).cpu()
-    return torch.where(written, -log_p.gather(-1, token.clamp_min(0)[..., None])[..., 0], 0.0)
+    """-log p of every token written, by another model; 0 behind the ends. The prompt is run once for all rows."""
+    call: Any = model
+    cache = _cache(model, None)
+    given = token.clamp_min(0).to(model.device)
+    logits = call(input_ids=torch.tensor([prompt], device=model.device), past_key_values=cache, use_cache=True).logits
+    found = torch.zeros(token.shape, dtype=torch.float64)
+    found[:, 0] = _surprise(logits[:, -1].expand(len(token), -1), given[:, 0]).cpu()
+    if token.shape[1] > 1:
+        cache.batch_repeat_interleave(len(token))
+        logits = call(input_ids=given[:, :-1], past_key_values=cache, use_cache=True).logits
+        for row, (one, t) in enumerate(zip(logits, given, strict=True)):
+            found[row, 1:] = _surprise(one, t[1:]).cpu()
+    return torch.where(token != END, found, 0.0)
+
+
+def _surprise(logits: Float[Tensor, "n vocab"], token: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """-log p of a token a row, in float64."""
+    logits = logits.double()
+    return torch.logsumexp(logits, -1) - logits.gather(-1, token[:, None])[:, 0]
+
+
+def _cache(model: PreTrainedModel, make: MakeCache | None) -> Cache:
+    return DynamicCache(config=model.config) if make is None else make(model)
 
 
 def _cache_bytes(cache: Cache) -> int:

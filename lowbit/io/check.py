@@ -6,6 +6,9 @@ anew, its matrices are compared with those of the native model, and its logits o
 
 from __future__ import annotations
 
+import contextlib
+import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -61,8 +64,8 @@ class Verdict:
 
     @property
     def wrong(self) -> bool:
-        """Whether the reader failed, or reads weights that are off by more than the rounding of its arithmetic."""
-        return self.status == "failed" or self.off > ROUNDING
+        """Whether the reader failed, computes NaN, or reads weights off by more than the rounding of its arithmetic."""
+        return self.status == "failed" or self.off > ROUNDING or (self.kl is not None and math.isnan(self.kl))
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,8 @@ def check(
             verdicts.append(Verdict(reader.name, "not asked", "lowbit refuses the files"))
             continue
         try:
-            read = reader.read(subject)
+            with contextlib.redirect_stdout(sys.stderr):  # packages tell of themselves there, and it may be JSON's
+                read = reader.read(subject)
         except Exception as error:  # somebody else's code on files that may be wrong: whatever it raises is the finding
             verdicts.append(Verdict(reader.name, "failed", _short(error), tensors=0))
             refused |= reader.ours

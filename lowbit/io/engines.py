@@ -157,6 +157,11 @@ _MARLIN = (ROW, 32, 64, 128)
 _CONV1D = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel")
 _OLD, _NEW = "up to 2026-05", "since #45051 (2026)"
 _V1 = "reads v2 zeros as v1 and computes nonsense without an error"
+_SCALED = (
+    "GPTNeoXForCausalLM", "FalconForCausalLM", "BloomForCausalLM", "GPTJForCausalLM", "MptForCausalLM",
+    "GPTBigCodeForCausalLM", "Starcoder2ForCausalLM",
+)  # fmt: skip
+_EXPERTS = "experts, which it fuses, keep random weights, with a warning and no error"
 
 RULES: tuple[Rule, ...] = (
     # vLLM, GPTQ
@@ -203,13 +208,28 @@ RULES: tuple[Rule, ...] = (
     Rule("vLLM", "any", ("bf16", "fp16", "fp32"), "yes", "plain weights", "vllm"),
     # transformers
     Rule(
-        "transformers", ">=5, with gptqmodel and optimum", ("gptq",), "no",
-        "GPTQModel takes asymmetric v1 files from itself alone; gptq-v2 it reads", "gptqmodel 7.7 loader",
-        symmetric=False,
+        "transformers", ">=5, with gptqmodel and optimum", _GPTQ, "no",
+        "its linears are of a class of their own, and keep random weights, with a warning and no error",
+        "run with 5.23 and GPTQModel 7.7", architectures=("FalconForCausalLM",),
     ),
-    Rule("transformers", ">=5, with gptqmodel and optimum", _GPTQ, "yes", "GPTQModel's kernels", "quantizer_gptq.py"),
     Rule(
-        "transformers", ">=5, with gptqmodel", ("awq",), "yes", "GPTQModel's kernels", "quantizer_awq.py", bits=(4,)
+        "transformers", ">=5, with gptqmodel", ("awq",), "no",
+        "it wants scales of the activation (mlp.act.scales), as AutoAWQ writes them, and computes NaN without",
+        "run with 5.23 and GPTQModel 7.7", architectures=_SCALED,
+    ),
+    Rule(
+        "transformers", ">=5, with gptqmodel and optimum", _GPTQ, "no", _EXPERTS, "run with 5.23 and GPTQModel 7.7",
+        experts=True,
+    ),
+    Rule("transformers", ">=5, with gptqmodel", ("awq",), "no", _EXPERTS, "run with 5.23 and GPTQModel 7.7",
+         experts=True),
+    Rule(
+        "transformers", ">=5, with gptqmodel and optimum", _GPTQ, "yes", "GPTQModel's kernels, asymmetric v1 included",
+        "run with 5.23 and GPTQModel 7.7",
+    ),
+    Rule(
+        "transformers", ">=5, with gptqmodel", ("awq",), "yes", "GPTQModel's kernels",
+        "run with 5.23 and GPTQModel 7.7", bits=(4,),
     ),
     Rule(
         "transformers", ">=5, with compressed-tensors", ("compressed-tensors",), "no",
@@ -242,6 +262,11 @@ RULES: tuple[Rule, ...] = (
     Rule("transformers", ">=5, with bitsandbytes", ("bnb",), "yes", "CPU and GPU", "quantizer_bnb_4bit.py"),
     Rule("transformers", "any", ("bf16", "fp16", "fp32"), "yes", "plain weights", "transformers"),
     # GPTQModel, AutoAWQ
+    Rule(
+        "GPTQModel", "any", ("gptq",), "no",
+        "its own loader takes asymmetric v1 files from itself alone; gptq-v2 it reads", "run with 7.7",
+        symmetric=False,
+    ),
     Rule("GPTQModel", "any", _GPTQ, "yes", "the layout's home", "GPTQModel", bits=(2, 3, 4, 8)),
     Rule("AutoAWQ", "0.2", ("awq",), "yes", "the layout's home; no longer maintained", "AutoAWQ", bits=(4,)),
     # llama.cpp

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     with storage(out, NOTHING_LEFT):
         partial.parent.mkdir(parents=True, exist_ok=True)
-        for left in partial.parent.glob(f".{out.name}.partial-*"):
+        for left in partial.parent.glob(f".{glob.escape(out.name)}.partial-*"):
             if left == partial or not _alive(left.name.rpartition("-")[2]):
                 shutil.rmtree(left, ignore_errors=True)  # a process was killed here
         partial.mkdir()

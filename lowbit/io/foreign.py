@@ -70,7 +70,7 @@ def open_gguf(path: Path) -> LowBit:
     source = skeleton(path.stem, model.config, Memory(dense), None)
     return LowBit(
         path, "gguf", "imported:gguf", digest.of_file_cached(path), source, model.config, specs, {}, None,
-        lambda: _gguf_groups(model.tensors(), source, set(specs)), model.save_tokenizer, warnings=tuple(model.warnings),
+        lambda: _gguf_groups(model.tensors(), source, set(specs)), model.companions, warnings=tuple(model.warnings),
     )  # fmt: skip
 
 

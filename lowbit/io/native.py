@@ -41,7 +41,7 @@ __all__ = ["MANIFEST", "VERSION", "Settings", "Writer", "cache_format", "is_nati
 
 WORK, REST = "lowbit-work.json", "lowbit-rest.safetensors"
 _COPIED = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json",
-           "generation_config.json", "chat_template*", "*.model")  # fmt: skip
+           "generation_config.json", "chat_template*", "*.model", "README.md", "LICENSE*", "NOTICE*")  # fmt: skip
 
 
 class Writer:
@@ -213,7 +213,7 @@ def parts_of(codes: Mapping[str, QTensor], inputs: Mapping[str, Input]) -> dict[
 
 
 def copy_companions(root: Path, out: Path) -> None:
-    """Copy a model's tokenizer and generation files; never code, never pickles. Raises OSError."""
+    """Copy a model's tokenizer and generation files, card and license; never code, never pickles. Raises OSError."""
     for pattern in _COPIED:
         for path in root.glob(pattern):
             if path.is_file() and path.suffix not in (".safetensors", ".bin", ".py"):

@@ -216,8 +216,23 @@ class _Tally:
         return Found(self._equal, self._count, logits, "; ".join(said), self._off)
 
 
+def packed_matrix(module: nn.Module) -> Float[Tensor, "out in"] | None:
+    """What the dequantizer of one of GPTQModel's linears makes of its codes, in the dtype of its scales.
+
+    None for other modules, and for fused kernels that have repacked their codes, as those of 16 bit do at a first pass.
+    """
+    own: Any = module
+    if getattr(own, "_cpu_transformed", False):
+        return None
+    if hasattr(own, "awq_weight_dequantize"):
+        return own.awq_weight_dequantize(own.qweight.device, own.scales.dtype).t()  # type: ignore[no-any-return]
+    if hasattr(own, "dequantize_weight") and isinstance(getattr(own, "qweight", None), Tensor):
+        return own.dequantize_weight().t()  # type: ignore[no-any-return]
+    return None
+
+
 def _matrix_of(model: nn.Module, site: str) -> Float[Tensor, "out in"] | None:
-    """The plain matrix (out, in) of a linear in a loaded model; None where it shows none."""
+    """The matrix (out, in) of a linear in a loaded model; None where it shows none."""
     parent, _, leaf = site.rpartition(".")
     experts, _, index = parent.rpartition(".")
     with contextlib.suppress(AttributeError):
@@ -227,6 +242,8 @@ def _matrix_of(model: nn.Module, site: str) -> Float[Tensor, "out in"] | None:
             from bitsandbytes import functional
 
             return functional.dequantize_4bit(weight.data, state).float()  # type: ignore[no-any-return]
+        if (packed := packed_matrix(module)) is not None:
+            return packed
         if (rows := getattr(weight, "SCB", None)) is not None:
             return (weight.data.float() * rows[:, None].float() / 127).float()  # type: ignore[no-any-return]
         if isinstance(weight, Tensor) and weight.is_floating_point() and weight.ndim == 2:

@@ -17,7 +17,7 @@ import torch
 from lowbit.arrays import Float, Int, Tensor
 from lowbit.errors import ExportError
 from lowbit.formats.format import Format
-from lowbit.formats.presets import preset
+from lowbit.formats.presets import PRESETS, preset
 from lowbit.formats.qtensor import QTensor
 from lowbit.formats.spec import Spec
 from lowbit.io.check import native_logits, token_kl
@@ -98,9 +98,12 @@ def to_fit(model: LowBit, to: str, format: str | None = None) -> Rounded:
     """``model`` rounded to ``format``, or to the layout's own nearest in bits, as few linears as the layout allows.
 
     Linears that the layout refuses by their numbers (scales that are not float16, a zero of 0) are among them: cost one
-    reading and packing of the others.
+    reading and packing of the others. For ``gguf`` and ``gguf:TYPE``, the type's format or ``q8_0``.
     Raises ExportError when no format of the list makes the model fit, and RecipeError for an unknown ``format``.
     """
+    name, _, kind = to.partition(":")
+    if name == "gguf":
+        return _to_fit_gguf(model, kind or None, format)
     names, cls = HubNames(model.source), registry.layout(to)
     held = frozenset(s for s, spec in model.specs.items() if cls.refusal(spec, model.inputs.get(s)) is not None)
     why: ExportError | None = None
@@ -119,6 +122,19 @@ def to_fit(model: LowBit, to: str, format: str | None = None) -> Rounded:
         f"no format of {to} takes this model" if format is None else f"{to} cannot hold {format}", where=to,
         why="" if why is None else str(why.why or why.what), fix="" if why is None else why.fix,
     )  # fmt: skip
+
+
+def _to_fit_gguf(model: LowBit, kind: str | None, format: str | None) -> Rounded:
+    from lowbit.io.gguf.write import DENSE, unfit
+
+    if kind in DENSE:
+        raise ExportError("decodes every format, so nothing is to be rounded to", where=f"gguf:{kind}")
+    chosen = format or kind or "q8_0"
+    if format is None and chosen not in PRESETS:
+        raise ExportError(
+            "no format of lowbit chooses codes for this type", where=f"gguf:{kind}", fix="--format FORMAT"
+        )
+    return Rounded(model, preset(chosen), unfit(model, kind))
 
 
 def _refused_by_value(model: LowBit, names: HubNames, layout: Layout, rounded: frozenset[str]) -> frozenset[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -51,25 +52,39 @@ def _sort_metadata(path: Path) -> None:
 def partial_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """A temporary name that becomes ``path``, durably, when the body has written it.
 
-    In a directory that this process does not own (``shared``) the name is its own, and what others have is left alone.
+    In a directory that this process does not own (``shared``) the name is its own, and what others are writing is left
+    alone; what they had begun when they were killed is removed.
     """
-    partial = path.with_name(path.name + ".partial")
-    if shared:
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.open("xb").close()
-    try:
-        yield partial
-        with partial.open("rb") as f:
-            os.fsync(f.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)  # the room it took may be what is missing
-        raise
+    with contextlib.ExitStack() as held:
+        partial = held.enter_context(_own_name(path)) if shared else path.with_name(path.name + ".partial")
+        try:
+            yield partial
+            with partial.open("rb") as f:
+                os.fsync(f.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)  # the room it took may be what is missing
+            raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def _own_name(path: Path) -> Iterator[Path]:
+    """An empty file beside ``path``, locked while it is written: one that nobody has locked was left by a kill."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        if left.name[len(path.name) + 1 : -len(".partial")].isdigit():
+            # Somebody's who is still writing, or who has just finished, or another user's: none of ours to remove.
+            with contextlib.suppress(BlockingIOError, FileNotFoundError, PermissionError), left.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("xb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield partial
 
 
 @contextlib.contextmanager

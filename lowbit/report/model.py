@@ -13,6 +13,7 @@ from lowbit.errors import StudyError
 from lowbit.evaluation.findings import Finding
 from lowbit.evaluation.task_findings import TaskFinding
 from lowbit.report.panel import Panel
+from lowbit.report.work import Work
 
 FlipKind = Literal["lost", "gained", "other"]
 """Who was right: ``lost`` only the reference, ``gained`` only the candidate, ``other`` neither."""
@@ -124,7 +125,7 @@ class Report:
 
     ``noise_floor`` is the KL in nats of the reference against itself under another batch size, or None when
     it was not measured. ``created`` is ISO 8601. ``configuration`` and ``digests`` are (name, value) rows.
-    ``task_notes`` say what qualifies the tasks.
+    ``task_notes`` say what qualifies the tasks; ``families`` are (task, family) rows.
     Raises ``StudyError`` when two versions share a label, or when the reference is not marked as one.
     """
 
@@ -141,6 +142,7 @@ class Report:
     configuration: tuple[tuple[str, str], ...] = ()
     digests: tuple[tuple[str, str], ...] = ()
     task_notes: tuple[str, ...] = ()
+    families: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         marked = [c.label for c in self.candidates if c.is_reference]
@@ -163,9 +165,10 @@ class Report:
 
 @dataclass(frozen=True)
 class StudyReport:
-    """A whole study: a report a model, and what its analyses found over one model or all. Raises StudyError when empty.
+    """A whole study: a report a model, and what its analyses found over one model or all.
 
-    ``created`` is ISO 8601; ``command`` is shown as what made it.
+    ``created`` is ISO 8601; ``command`` is shown as what made it; ``work`` is how far its cells are. Without ``work``
+    it raises StudyError when it has no report: with it, there is at least that to show.
     """
 
     name: str
@@ -173,6 +176,7 @@ class StudyReport:
     command: str
     reports: tuple[Report, ...]
     panels: tuple[Panel, ...] = ()
+    work: Work | None = None
 
     @classmethod
     def alone(cls, report: Report) -> StudyReport:
@@ -180,7 +184,7 @@ class StudyReport:
         return cls(report.study_name, report.created, report.command, (report,))
 
     def __post_init__(self) -> None:
-        if not self.reports:
+        if not self.reports and self.work is None:
             raise StudyError(
                 "no model's original is scored yet, so there is nothing to report", where=f"study {self.name!r}",
                 why="every number is a difference from an original", fix="lowbit study run, which goes on where it was",

@@ -22,6 +22,7 @@ def panel(shown: Panel) -> Html:
         figures(charts),
         *(_titled(f"{shown.key} {t.title}", t.title, t.table, t.folded) for t in shown.tables),
         *(paragraph(line) for line in shown.notes),
+        key=f"panel-{shown.key}",
     )
 
 

@@ -13,9 +13,10 @@ def log_domain(values: Sequence[float]) -> tuple[float, float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round values in [low, high], both positive: 1-2-5 over up to two decades, else powers of ten, at most eight."""
+    """Round values in [low, high], both positive, at most nine: the fewer the decades, the more of each."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    steps = (1, 2, 5) if math.log10(high / low) <= 2.2 else (1,)
+    decades = math.log10(high / low)
+    steps = (1, 1.5, 2, 3, 4, 5, 7) if decades <= 1 else (1, 2, 5) if decades <= 2.2 else (1,)
     every = max(1, math.ceil((last - first) / 8))
     ticks = [m * 10.0**k for k in range(first, last + 1, every) for m in steps]
     return [t for t in map(_clean, ticks) if low <= t <= high]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lowbit.report import text
 from lowbit.report.charts import Chart
-from lowbit.report.markup import Html, cell, details, head, join, paragraph, plain, row, table
+from lowbit.report.markup import Html, cell, details, head, join, paragraph, plain, row, section, table
 from lowbit.report.model import Candidate, FlipRow, Report
 from lowbit.report.pareto import Standing, standings
 from lowbit.report.summary import KL, by_size, flip_counts, main_table, notes, points, sentence
@@ -39,19 +39,24 @@ def overview(report: Report) -> Html:
         ],
         "\n",
     )
-    return Html(f"<section>\n{content}\n</section>")
+    return section("Every version beside the original", content)
 
 
 def figures(drawn: Sequence[Chart]) -> Html:
     """Figures side by side where there is room."""
     each = [
         Html(
-            f'<figure><h3>{plain(c.title)}</h3><div class="chart" id="{plain(c.key)}"></div>'
+            f'<figure><h3>{plain(c.title)}</h3><div class="chart" id="{plain(c.key)}"{_room(c)}></div>'
             f"<figcaption>{plain(c.caption)}</figcaption></figure>"
         )
         for c in drawn
     ]
     return Html(f'<div class="figures">{join(each)}</div>') if each else Html("")
+
+
+def _room(c: Chart) -> str:
+    """The height that a chart will have, so that the page does not jump when it is drawn."""
+    return f' style="min-height:{c.spec.get("height", 300) + 52}px"'
 
 
 def profiles(report: Report) -> Html:
@@ -159,7 +164,10 @@ def _sentences(report: Report) -> Html:
     ordered = sorted(by_size(report), key=lambda c: place.get(c.label) is not Standing.FRONT)
     front = sum(place.get(c.label) is Standing.FRONT for c in ordered)
     first = len(ordered) if len(ordered) <= _MAX_SENTENCES else min(max(front, 1), _MAX_SENTENCES)
-    items = [Html(f"<li><strong>{plain(c.label)}</strong>: {plain(sentence(report, c))}</li>") for c in ordered]
+    items = [
+        Html(f'<li data-about="{plain(c.label)}"><strong>{plain(c.label)}</strong>: {plain(sentence(report, c))}</li>')
+        for c in ordered
+    ]
     shown = Html(f"<ul>{join(items[:first], chr(10))}</ul>")
     rest = Html(f"<ul>{join(items[first:], chr(10))}</ul>")
     return (
@@ -242,7 +250,7 @@ def _flip_table(c: Candidate) -> Html:
         head("After the text"),
     ]
     worst = sorted(c.flips, key=lambda f: -f.margin_ref)[:MAX_FLIPS]
-    return table(f"flips of {c.label}", heads, [_flip_row(f) for f in worst])
+    return table(f"flips of {c.label}", heads, [_flip_row(f) for f in worst], about=c.label)
 
 
 def _flip_row(f: FlipRow) -> Html:
@@ -253,7 +261,8 @@ def _flip_row(f: FlipRow) -> Html:
             cell(f.kind),
             *(cell(_token(word), kind="mono") for word in (f.target, f.reference_choice, f.candidate_choice)),
             cell(before, kind="text"),
-        ]
+        ],
+        flip=f.kind,
     )
 
 
@@ -266,4 +275,4 @@ def _pairs(title: str, key: str, pairs: Sequence[tuple[str, str]]) -> Html:
     if not pairs:
         return Html("")
     rows = [row([cell(name), cell(value, kind="text")]) for name, value in pairs]
-    return join([Html(f"<h3>{plain(title)}</h3>"), table(key, [head("Name"), head("Value")], rows)])
+    return join([Html(f"<h3>{plain(title)}</h3>"), table(key, [head("Name"), head("Value")], rows, fixed=True)])

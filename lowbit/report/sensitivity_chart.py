@@ -67,11 +67,10 @@ def render(sensitivity: Mapping[str, Any]) -> str:
         "times its squared error. Predictions add up while they are small; at 2 bits they rank."
     )
     return Template(page._resource("template.html")).substitute(
-        policy=f"default-src 'none'; script-src {page._hash(library)} {page._hash(start)}; "
-        "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
+        policy=page.policy(library, start),
         title=plain(f"Sensitivity of {sensitivity['model']}"),
         byline=plain(f"Model {sensitivity['model_digest'][:12]}, text {sensitivity['text_digest'][:12]}."),
-        body="\n".join([section("Predicted loss", paragraph(how), sections.figures(drawn)),
+        live="", body="\n".join([section("Predicted loss", paragraph(how), sections.figures(drawn)),
                         section("The numbers", numbers)]),
         specs="\n".join(page._data(chart) for chart in drawn), library=library, start=start,
     )  # fmt: skip

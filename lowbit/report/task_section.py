@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from lowbit.evaluation.task_findings import TaskFinding
 from lowbit.report import text
-from lowbit.report.markup import Html, cell, details, drawn, head, join, paragraph, row, table
+from lowbit.report.families import Family, families
+from lowbit.report.markup import Html, cell, details, drawn, grouped, head, join, paragraph, row, table
 from lowbit.report.model import Candidate, LostItem, Report
-from lowbit.report.task_summary import Asked, answered, asked, difference, flips, level, task_notes, task_table
+from lowbit.report.task_summary import Asked, answered, difference, flips, level, task_notes, task_table
 
 _PROMPT_CHARACTERS = 400
 _VERDICT_CLASSES = frozenset({"worse", "better", "same"})
+_FAMILIES = (
+    "A family's line: the mean over its tasks of the change of each one's first measure in percent, better being "
+    "positive, with the interval over items (these tasks, not others like them); and its verdicts, counted."
+)
 
 
 def tasks(report: Report) -> Html:
@@ -18,16 +23,40 @@ def tasks(report: Report) -> Html:
     if not candidates:
         return Html("")
     heads = [head("Task", "measure"), head("Items", numeric=True), head("Reference", numeric=True)]
-    heads += [head(c.label, "Δ, 95 % CI, lost/gained/other, verdict", numeric=True) for c in candidates]
+    heads += [head(c.label, "Δ, 95 % CI, lost/gained/other, verdict", numeric=True, about=c.label) for c in candidates]
     return join(
         [
-            table("tasks", heads, [_row(one, candidates) for one in asked(report)], wide=True),
+            grouped("tasks", heads, _groups(report, candidates), wide=True),
             *(paragraph(line) for line in task_notes(report)),
+            *([paragraph(_FAMILIES)] if report.families else []),
             _all(report),
             *(details(_title(c), _lost(c)) for c in candidates if c.lost_items),
         ],
         "\n",
     )
+
+
+def _groups(report: Report, candidates: list[Candidate]) -> list[list[Html]]:
+    """The tasks by family, each behind a line on the whole family; one group where no families are known."""
+    return [
+        [*([_family(one, candidates)] if one.name else []), *(_row(task, candidates) for task in one.tasks)]
+        for one in families(report)
+    ]
+
+
+def _family(one: Family, candidates: list[Candidate]) -> Html:
+    cells = [
+        cell(one.name, f"{one.size} tasks" if one.size > 1 else "1 task"),
+        cell("", kind="num"),
+        cell("", kind="num"),
+    ]
+    for c in candidates:
+        counts = " · ".join(f"{count} {verdict}" for verdict, count in one.verdicts(c.label).items())
+        mean = one.mean(c.label)
+        value, interval = ("", "") if mean is None else text.estimate(*mean, signed=True)
+        shown = " · ".join(part for part in (interval, counts) if part)
+        cells.append(cell(f"{value} pp" if value else text.MISSING, shown, kind="num"))
+    return row(cells, "family")
 
 
 def _row(one: Asked, candidates: list[Candidate]) -> Html:
@@ -63,7 +92,7 @@ def _lost(c: Candidate) -> Html:
         head("Reference answers"),
         head("Candidate answers"),
     ]
-    return table(f"lost by {c.label}", heads, [_lost_row(item) for item in c.lost_items])
+    return table(f"lost by {c.label}", heads, [_lost_row(item) for item in c.lost_items], about=c.label)
 
 
 def _lost_row(item: LostItem) -> Html:

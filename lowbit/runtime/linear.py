@@ -154,8 +154,13 @@ class QLinear(nn.Module):
         self.policy = "auto"
         self._only: Kernel | None = None
         self._tree: Inner | None = None
-        self._state: tuple[Kernel, Any] | None = None
+        self._states: dict[str, Any] = {}  # of each kernel that has run
+        self._chosen: tuple[tuple[Any, ...], Kernel] | None = None  # for the last kind of input
         self._number = _numbered(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes what kernels need for itself."""
+        return self.__dict__ | {"_tree": None, "_states": {}, "_chosen": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy has a number of its own."""
@@ -217,17 +222,29 @@ class QLinear(nn.Module):
         elif not kernel.prepared:
             y = kernel.run(x, inner.weight)
         else:
-            if self._state is None or self._state[0] is not kernel or self._state[1].key != (x.dtype, x.device):
-                self._state = kernel, kernel.prepare(inner.weight, x.dtype)
-            y = kernel.run(x, self._state[1])
+            y = kernel.run(x, self._prepared(kernel, inner.weight, x))
         out: Tensor = y if self.bias is None else y + self.bias.to(y.dtype)
         return out
 
     def _choose(self, spec: Spec, x: Tensor) -> Kernel:
-        """``auto`` is the reference where gradients are wanted: other kernels have none."""
-        if self._only is None and self.policy == "auto" and x.requires_grad:
-            return REFERENCE
-        return self._only or choose(self.policy, spec, x)
+        """``auto`` is the reference where gradients are wanted: other kernels have none.
+
+        What was chosen for the last input serves others of its kind: asking all takes as long as a small product.
+        """
+        if self._only is not None:
+            return self._only
+        kind = x.dtype, x.device, x.numel(), x.requires_grad
+        if self._chosen is None or self._chosen[0] != kind:
+            gradients = self.policy == "auto" and x.requires_grad
+            self._chosen = kind, REFERENCE if gradients else choose(self.policy, spec, x)
+        return self._chosen[1]
+
+    def _prepared(self, kernel: Kernel, weight: QTensor, x: Tensor) -> Any:
+        """What the kernel made of the weight for this dtype and device."""
+        state = self._states.get(kernel.name)
+        if state is None or state.key != (x.dtype, x.device):
+            state = self._states[kernel.name] = kernel.prepare(weight, x.dtype)
+        return state
 
     def _inner(self) -> Inner:
         """The weight's tree, made once: its tensors are the module's own."""
@@ -237,7 +254,7 @@ class QLinear(nn.Module):
 
     def _forget(self) -> None:
         """Drop what was made from the weights as they were."""
-        self._tree = self._state = None
+        self._tree, self._states, self._chosen = None, {}, None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
         """What was made from the parts belongs to the old device; they keep their dtypes (see ``Stored``)."""

@@ -22,9 +22,11 @@ from lowbit.evaluation.metrics import agreement, kl
 from lowbit.evaluation.metrics.base import Tokens
 from lowbit.models.source import of_directory
 from lowbit.report import model as view
+from lowbit.report.work import Work
 from lowbit.study import stages, task_table
 from lowbit.study.analyse import analyse
 from lowbit.study.grid import Entry, Grid
+from lowbit.study.progress import work
 from lowbit.study.rows import CellRow
 from lowbit.study.store import Store
 from lowbit.study.tasks import TaskGrid
@@ -87,6 +89,7 @@ def report(store: Store, name: str, grid: Grid, rule: str = "holm", command: str
         configuration=_configuration(grid, output, [entry for entry, _, _ in scored.values()]),
         digests=_digests(output, {label: _output(row) for label, (_, row, _) in scored.items()}),
         task_notes=task_notes,
+        families=() if grid.tasks is None else tuple((c.task.name, c.task.family) for c in grid.tasks.tasks),
     )
 
 
@@ -96,7 +99,8 @@ def study(
 ) -> view.StudyReport | None:  # fmt: skip
     """The report of a whole study, with what its ``analyses`` found. Runs no model.
 
-    A model whose original is not scored yet is left out and ``say`` is told; None where all are.
+    A model whose original is not scored yet is left out and ``say`` is told; None where all are. How far the cells
+    are stands in the report.
     """
     models = []
     for grid in grids:
@@ -107,7 +111,13 @@ def study(
     if not models:
         return None
     panels = analyse(View(name, models), analyses)
-    return view.StudyReport(name, _now(), command, tuple(m.report for m in models), tuple(panels))
+    reports, left = tuple(m.report for m in models), work(store, [cell for grid in grids for cell in grid.cells])
+    return view.StudyReport(name, _now(), command, reports, tuple(panels), left)
+
+
+def unscored(name: str, left: Work, command: str = "") -> view.StudyReport:
+    """The report of a study of which nothing is scored yet: how far it is, and nothing else."""
+    return view.StudyReport(name, _now(), command, (), (), left)
 
 
 def _now() -> str:

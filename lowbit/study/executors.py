@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -24,6 +26,7 @@ from lowbit.errors import StudyError
 
 _SPAWN = multiprocessing.get_context("spawn")  # a forked copy of a process with threads or a GPU is broken
 _CLOSE_S = 5.0
+_SEEN_S = 10.0  # how long a network file system may take to show a new file on another machine
 _starting = threading.Lock()
 
 
@@ -175,6 +178,31 @@ def _serve(connection: Connection) -> None:
             connection.send(reply)
         except BrokenPipeError:  # the lane was closed; the store has the result
             return
+
+
+def answered(call: bytes, sign: str) -> tuple[object, Exception | None]:
+    """On another machine: what a pickled call returned, or its error as it was raised.
+
+    The call is read only where the driver's ``sign``, a file in the store's folder, is seen: a store that is
+    unpickled where its folder is not shared would make a new one.
+    """
+    try:
+        _see(sign)
+        function, args = pickle.loads(call)
+        return function(*args), None
+    except Exception as error:
+        return None, error
+
+
+def _see(sign: str) -> None:
+    patience = time.monotonic() + _SEEN_S
+    while not os.path.exists(sign):
+        if time.monotonic() > patience:
+            raise StudyError(
+                "does not see the folder of the store", where=f"{os.uname().nodename}: {os.path.dirname(sign)}",
+                why="Its results would be lost.", fix="mount the shared folder under the same path on every machine",
+            )  # fmt: skip
+        time.sleep(0.1)
 
 
 def _follow_parent() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -19,10 +18,9 @@ from typing import Any
 
 from lowbit.errors import MissingExtra, StudyError
 from lowbit.study.database import on_network
-from lowbit.study.executors import Executor, Lane, WorkerLost
+from lowbit.study.executors import Executor, Lane, WorkerLost, answered
 
 _CLOSE_S = 5.0
-_SEEN_S = 10.0  # how long a network file system may take to show a new file on another machine
 
 
 def cluster(n: int, folder: Path) -> Executor:
@@ -141,22 +139,4 @@ class _Worker:
     """The life of an actor: one call after the other."""
 
     def run(self, call: bytes, sign: str) -> tuple[object, Exception | None]:
-        """What the call returned, or its error as it was raised (Ray would wrap it)."""
-        try:
-            _see(sign)
-            function, args = pickle.loads(call)
-            return function(*args), None
-        except Exception as error:
-            return None, error
-
-
-def _see(sign: str) -> None:
-    """Waits for the driver's sign in the store's folder, which proves that it is the same folder."""
-    patience = time.monotonic() + _SEEN_S
-    while not os.path.exists(sign):
-        if time.monotonic() > patience:
-            raise StudyError(
-                "does not see the folder of the store", where=f"{os.uname().nodename}: {os.path.dirname(sign)}",
-                why="Its results would be lost.", fix="mount the shared folder under the same path on every machine",
-            )  # fmt: skip
-        time.sleep(0.1)
+        return answered(call, sign)

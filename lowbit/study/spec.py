@@ -37,10 +37,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from lowbit.errors import StudyError, nearest
+from lowbit.evaluation.tasks import hub
 from lowbit.evaluation.tasks.registry import FAMILIES, LM_EVAL, TASKS
 from lowbit.pipeline.recipe import Calibration
 from lowbit.study.analyses import ANALYSES
@@ -85,7 +86,7 @@ class Tasks(_Data):
     def _known(cls, names: list[str]) -> list[str]:
         known = [*FAMILIES, *TASKS]
         for name in names:
-            if not (name in known or name.startswith(LM_EVAL) or _is_place(name)):
+            if not (name in known or name.startswith((LM_EVAL, hub.PREFIX)) or _is_place(name)):
                 message = f"no task or family {name!r}, and no file or folder (with a slash, or *.jsonl)"
                 raise PydanticCustomError(
                     "unknown_task", "{message}", {"message": message, "fix": nearest(name, known)}
@@ -103,7 +104,7 @@ class Calibrations(_Data):
 class Sampling(_Data):
     """What every model and candidate writes: each temperature with each top-k (0: all), ``seeds`` texts a prompt.
 
-    Prompts are the first ``prompt`` tokens of that many windows of the text of ``evaluation``. Lengths below
+    Prompts are pieces of ``prompt`` tokens, drawn from all over the text of ``evaluation``. Lengths below
     ``max_new_tokens`` are read off the same texts.
     """
 
@@ -114,6 +115,13 @@ class Sampling(_Data):
     lengths: list[Annotated[int, Field(ge=2)]] = []
     prompts: int = Field(default=12, ge=2)
     prompt: int = Field(default=24, ge=1)
+
+    @model_validator(mode="after")
+    def _shorter(self) -> Sampling:
+        if beyond := [n for n in self.lengths if n >= self.max_new_tokens]:
+            message = f"lengths {beyond} are not below max_new_tokens = {self.max_new_tokens}"
+            raise PydanticCustomError("length", "{message}", {"message": message, "fix": "a larger max_new_tokens"})
+        return self
 
 
 class Outliers(_Data):
@@ -217,7 +225,7 @@ def _needs_data(name: str) -> bool:
 
 
 def _is_place(name: str) -> bool:
-    return not name.startswith(LM_EVAL) and ("/" in name or name.endswith(".jsonl"))
+    return not name.startswith((LM_EVAL, hub.PREFIX)) and ("/" in name or name.endswith(".jsonl"))
 
 
 def _beside(path: Path, names: Iterable[str]) -> list[str]:

@@ -198,6 +198,19 @@ class Store:
             ).fetchall()
         return [StudyCell(row["role"], cell_row(row)) for row in rows]
 
+    def superseded(self, study: str, keys: Iterable[str]) -> int:
+        """How many done cells a study was last run with that are none of ``keys``, those of its cells now.
+
+        They count no more: the study's file changed since, or the source of this program. 0 for an unknown study.
+        """
+        with self._data.reading() as db:
+            sql = (
+                "SELECT count(DISTINCT key) FROM study_cells JOIN cells USING (key) WHERE study = ? AND status = 'done'"
+                " AND key NOT IN (SELECT value FROM json_each(?))"
+            )
+            found: int = db.execute(sql, (study, json.dumps(list(keys)))).fetchone()[0]
+        return found
+
     def put_findings(self, key: str, findings: Mapping[str, Mapping[str, Any]]) -> None:
         """Stores findings about a known cell, metric -> JSON object; an earlier one of the same metric is replaced."""
         self.cell(key)

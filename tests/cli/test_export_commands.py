@@ -9,6 +9,8 @@ from ran import Run
 
 
 def test_export_check_import_convert(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    assert "--allow-rounding" in run("export", checkpoint, "--to", "bnb", "-o", "e").err
+    assert "--format rounds" in run("export", checkpoint, "--to", "bnb", "-o", "e", "--format", "nf4").err
     made = run("export", checkpoint, "--to", "gptq-v2", "-o", "e")
     assert made.code == 0
     assert "14 linears as gptq-v2" in made.out

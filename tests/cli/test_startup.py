@@ -10,7 +10,7 @@ from ran import Run
 
 COMMANDS = [
     "inspect", "plan", "quantize", "compare", "advise", "export", "import", "convert", "check", "generate", "chat",
-    "serve", "doctor", "study run", "study show", "study report", "catalog add", "catalog compare",
+    "serve", "doctor", "study run", "study show", "study report", "report", "catalog add", "catalog compare",
 ]  # fmt: skip
 
 

@@ -94,6 +94,6 @@ def test_hidden_states_of_other_tokens_are_refused(reference: Reference, tmp_pat
     write_reference(tmp_path, reference)
     held = load_file(tmp_path / REFERENCE)
     held["hidden"] = held["hidden"][1:].clone()
-    save_file(held, tmp_path / REFERENCE, metadata={"format": "pt", "cap": "", "scale": "1.0"})
+    save_file(held, tmp_path / REFERENCE, metadata={"head": '{"cap":null,"scale":1.0}'})
     with pytest.raises(EvidenceError, match="194 hidden states for 195 tokens"):
         read_reference(tmp_path)

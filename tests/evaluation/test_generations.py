@@ -52,6 +52,17 @@ def test_shifts_average_within_a_prompt_before_they_count_prompts() -> None:
         gen.shift("length", a, texts([[1]] * 3, [True] * 3, [0, 1, 2]))
 
 
+def test_settings_join_as_one_set_with_the_clusters_of_their_prompts() -> None:
+    rows = [[1, 2], [3, 4], [5, 6]]
+    base, other = (texts(rows, [False] * 3, nll=nll) for nll in (1.0, 1.5))
+    more = texts(rows, [False] * 3, nll=3.0)
+    both, after = gen.joined([base, base]), gen.joined([other, more])
+    shift = gen.shift("text_nll", both, after)
+    assert (shift.n, shift.clusters, shift.estimate) == (6, 3, pytest.approx((0.5 + 2) / 2))
+    assert gen.shift_by_prompt("text_nll", both, after).tolist() == pytest.approx([1.25] * 3)
+    assert after.length.tolist() == [2] * 6
+
+
 def test_divergence_sees_ends_as_tokens() -> None:
     a = texts([[1, 2, 3], [1, 2, 9], [1, 2]], [True, False, True])
     b = texts([[1, 2, 3], [1, 5, 9], [1, 2, 4]], [True, False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_a_cell_is_what_a_loop_without_cache_or_batch_writes() -> None:
     grid = Grid.of([0.0, 0.8], [None, 7], [3, 4], 9)
     written = sampler.write(model, model, PROMPTS, grid)
     setting, row = Setting(0.8, 7), 3  # prompt 1, seed 4
-    texts, u = written.texts[setting], sampler.uniforms(1, 4, 9)
+    texts, u = written[setting], sampler.uniforms(1, 4, 9)
     text, nll = list(PROMPTS[1]), []
     with torch.inference_mode():
         for j in range(int(texts.length[row])):
@@ -64,21 +65,38 @@ def test_a_cell_is_what_a_loop_without_cache_or_batch_writes() -> None:
     assert texts.token[row][: len(nll)].tolist() == text[4:]
     assert texts.nll[row][: len(nll)] == pytest.approx(nll, abs=1e-4)
     assert (texts.prompt.tolist(), texts.seed.tolist()) == ([0, 0, 1, 1], [3, 4, 3, 4])
-    greedy = written.texts[Setting(0.0)].token
+    greedy = written[Setting(0.0)].token
     expected = model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=9, do_sample=False)[0, 3:].tolist()
     assert greedy[0][greedy[0] != gen.END].tolist() == expected
-    cost = written.costs[1]
-    assert (cost.prompt_tokens, cost.rows, cost.steps) == (4, 8, 9)
-    assert cost.cache_bytes == 2 * 2 * 2 * 16 * 12 * 4 * 8  # layers, k and v, heads, head, tokens, float32, rows
+    assert list(written) == [Setting(0.0), Setting(0.8), Setting(0.8, 7)]  # at 0 there is one top-k
+
+
+def test_costs_count_what_was_run_and_only_that() -> None:
+    model = family_model("llama")
+    passes: list[int] = []
+    handle = model.register_forward_pre_hook(lambda _, args, kwargs: passes.append(kwargs["input_ids"].shape[1]),
+                                             with_kwargs=True)  # fmt: skip
+    started = time.perf_counter()
+    cost = sampler.timed(model, PROMPTS[1], 8)
+    seconds = time.perf_counter() - started
+    handle.remove()
+    assert passes == [4] + [1] * 8
+    assert (cost.prompt_tokens, cost.decode_tokens) == (4, 8)
+    assert cost.cache_bytes == 2 * 2 * 2 * 16 * 12 * 4  # layers, k and v, heads, head, tokens, float32
+    assert 0 < cost.prefill_seconds < seconds - cost.decode_seconds < seconds
+    assert cost.decode_rate == pytest.approx(8 / cost.decode_seconds)
+    assert cost.peak_bytes > sampler.static_bytes(model)
+    with pytest.raises(EvidenceError, match="nothing to time"):
+        sampler.timed(model, PROMPTS[1], 0)
 
 
 def test_shared_numbers_keep_texts_together_until_the_models_part() -> None:
     model = family_model("llama")
     near, far, grid = noisy(model, 0.001), noisy(model, 0.3), Grid.of([0.7], [None], range(8), 12)
-    ours, close, other = (sampler.write(m, model, PROMPTS, grid).texts[Setting(0.7)] for m in (model, near, far))
+    ours, close, other = (sampler.write(m, model, PROMPTS, grid)[Setting(0.7)] for m in (model, near, far))
     agree = [float((gen.divergence(ours, t).position - 1).mean()) for t in (close, other)]
     assert agree[0] > agree[1] + 3
-    longer = sampler.write(model, model, PROMPTS, Grid.of([0.7], [None], range(8), 16)).texts[Setting(0.7)]
+    longer = sampler.write(model, model, PROMPTS, Grid.of([0.7], [None], range(8), 16))[Setting(0.7)]
     assert np.array_equal(longer.first(12).token, ours.token)
     with torch.inference_mode():  # what the reference makes of another's text
         text = torch.tensor([[*PROMPTS[0], *other.token[0][: other.length[0]].tolist()]])
@@ -99,6 +117,8 @@ def test_gaps_are_scipys_and_vanish_for_a_model_and_itself() -> None:
     assert found[Setting(0.5)].total_variation == pytest.approx(0.5 * np.abs(p - q).sum(1))
     assert found[Setting(0.0)].total_variation.tolist() == (a.argmax(-1) != b.argmax(-1)).double().tolist()
     assert np.isfinite(found[Setting(1.0, 10)].kl).all()
+    later = sampler.gaps(model, low, text, settings, start=2)
+    assert np.array_equal(later[Setting(0.5)].kl, found[Setting(0.5)].kl[2:])
     same = sampler.gaps(model, model, text, settings)
     assert not any(g.kl.any() or g.total_variation.any() for g in same.values())
 
@@ -110,8 +130,8 @@ def test_a_low_bit_cache_is_written_through_and_counted() -> None:
     written = sampler.write(model, model, PROMPTS[:1], grid, make_cache=lambda m: KVCache(m.config, kv))
     cache = KVCache(model.config, kv)
     ids = model.generate(torch.tensor(PROMPTS[:1]), past_key_values=cache, max_new_tokens=8, do_sample=False)
-    assert written.texts[Setting(0.0)].token[0].tolist() == ids[0, 3:].tolist()
-    assert written.costs[0].cache_bytes == cache.nbytes
+    assert written[Setting(0.0)].token[0].tolist() == ids[0, 3:].tolist()
+    assert sampler.timed(model, PROMPTS[0], 7, lambda m: KVCache(m.config, kv)).cache_bytes == cache.nbytes
     assert sampler.static_bytes(model) == sum(p.nbytes for p in [*model.parameters(), *model.buffers()])
 
 
@@ -152,3 +172,14 @@ def test_slowest_is_judged_by_its_nearest_rival_and_a_band_by_its_prompts() -> N
     assert hyp.sensitivity(values, (0.5, 0.8)).estimate == pytest.approx(inside.mean())
     with pytest.raises(EvidenceError, match="outside"):
         hyp.sensitivity({0.5: values[0.5]}, (0.5, 0.8))
+
+
+def test_independent_means_compare_as_welch_or_wider() -> None:
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(1, 1, 8), rng.normal(0, 2, 6)
+    found = hyp.unpaired(*(paired_mean(x, np.arange(len(x))) for x in (a, b)))
+    welch = stats.ttest_ind(a, b, equal_var=False)
+    assert found.estimate / found.se == pytest.approx(welch.statistic)
+    interval = welch.confidence_interval()
+    assert found.low < interval.low < interval.high < found.high
+    assert found.high == pytest.approx(found.estimate + stats.t.ppf(0.975, 5) * found.se)

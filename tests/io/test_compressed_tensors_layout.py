@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,10 +226,19 @@ def test_a_measured_range_gives_the_step_and_zero_of_the_file() -> None:
 def test_a_divisor_that_is_read_is_written_again() -> None:
     q = some("nvfp4")
     layout = layout_of(q)
-    for scale in torch.rand(16, generator=torch.Generator().manual_seed(0)) * 1e-3:
+    for scale in torch.rand(24, generator=torch.Generator().manual_seed(0)) * 1e-3:
         held = layout.pack(W, q.map(lambda t, scale=scale: scale.view(1, 1) if t.shape == (1, 1) else t))
         again, _ = layout.unpack(W, (6, 64), held)
         assert torch.equal(layout.pack(W, again)["weight_global_scale"], held["weight_global_scale"])
+        assert isinstance(again, Lookup)
+        assert isinstance(again.scale, Lookup)
+        assert again.scale.scale is not None
+        (found,) = again.scale.scale.decode().view(-1)
+        # only scales of a mantissa beyond the square root of two share their reciprocal with a neighbour
+        near = [scale] if math.frexp(float(scale))[0] * 2 < math.sqrt(2) else [
+            scale, *(scale.nextafter(scale * factor) for factor in (2.0, 0.5))
+        ]  # fmt: skip
+        assert any(torch.equal(found, one) for one in near)
 
 
 def test_golden_bytes() -> None:

@@ -16,13 +16,13 @@ from whole_runs import quantize
 
 from lowbit.errors import CheckpointError, ExportError, ModelError, StorageError
 from lowbit.formats.pack import Codes
-from lowbit.formats.qtensor import Affine
-from lowbit.io.check import Found, Reader, Subject, check, divergence, layout_of, reference_of
+from lowbit.formats.qtensor import Affine, Raw
+from lowbit.io.check import Found, Reader, Subject, Verdict, check, divergence, layout_of, reference_of
 from lowbit.io.convert import convert
 from lowbit.io.engines import RULES, Files, expected, warnings, will_load
 from lowbit.io.export import export
 from lowbit.io.opening import Group, LowBit, open_low_bit
-from lowbit.io.readers import READERS
+from lowbit.io.readers import READERS, packed_matrix
 from lowbit.io.rounding import to_fit
 
 ENGINES = Path(__file__).parents[2] / "docs" / "reference" / "engines.md"
@@ -61,13 +61,16 @@ def test_rounding_is_asked_for_and_its_cost_is_what_it_changed(int4: Path, tmp_p
         to_fit(native, "bnb", "int4-g64")
 
 
-def test_readers_confirm_a_good_export_and_expose_a_bad_one(int4: Path, tmp_path: Path) -> None:
+def test_readers_confirm_a_good_export_and_expose_a_bad_one(
+    int4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "e"
     export(open_low_bit(int4), "compressed-tensors", out)
     assert (layout_of(out), reference_of(out)) == ("compressed-tensors", int4.resolve())
-    broken = Reader("broken", (), frozenset({"compressed-tensors"}), lambda _: 1 / 0)  # type: ignore[arg-type, return-value]
+    broken = Reader("broken", (), frozenset({"compressed-tensors"}), lambda _: print("loading") or 1 / 0)  # type: ignore[arg-type, func-returns-value]
     absent = Reader("absent", ("no_such_package",), frozenset({"compressed-tensors"}), lambda _: Found())
     found = {v.reader: v for v in check(out, readers=(*READERS, broken, absent), tokens=32)}
+    assert "loading" not in capsys.readouterr().out  # which may be JSON
     package, loaded = found["compressed-tensors"], found["transformers (compressed-tensors)"]
     assert (package.equal, package.tensors, loaded.equal, loaded.tensors) == (14, 14, 14, 14)
     assert loaded.kl is not None
@@ -88,6 +91,30 @@ def test_readers_confirm_a_good_export_and_expose_a_bad_one(int4: Path, tmp_path
     (out / "lowbit.export.json").write_text(json.dumps(said))
     with pytest.raises(CheckpointError, match="is not what it was"):
         check(out, readers=(ours,))
+
+
+def test_linears_of_gptqmodel_show_their_matrix_until_they_repack_it() -> None:
+    w = torch.randn(3, 8)
+
+    class Packed(torch.nn.Module):
+        qweight = scales = torch.zeros(1)
+
+    class Gptq(Packed):
+        def dequantize_weight(self) -> torch.Tensor:
+            return w.t()
+
+    class Awq(Packed):
+        def awq_weight_dequantize(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+            return w.t().to(device, dtype)
+
+    for cls in (Gptq, Awq):
+        module = cls()
+        found = packed_matrix(module)
+        assert found is not None
+        assert torch.equal(found, w)
+        module._cpu_transformed = True
+        assert packed_matrix(module) is None
+    assert packed_matrix(torch.nn.Linear(8, 3)) is None
 
 
 def test_files_that_lowbit_refuses_are_given_to_no_other(int4: Path, tmp_path: Path) -> None:
@@ -134,6 +161,31 @@ def test_numbers_that_a_layout_cannot_hold_are_rounded_too(int4: Path, tmp_path:
     assert not to_fit(zero, "gptq-v2").sites
 
 
+def test_gguf_rounds_the_linears_that_no_block_type_has(int4: Path, tmp_path: Path) -> None:
+    model = open_low_bit(int4)
+    site = sorted(model.specs)[3]
+
+    def groups() -> Iterator[Group]:
+        for group in model.groups():
+            codes = {s: dc_replace(q, scale=Raw.of(q.scale.decode() * 1.0001)) if s == site else q
+                     for s, q in group.codes.items() if isinstance(q, Affine)}  # fmt: skip
+            yield dc_replace(group, codes=codes)
+
+    odd = dc_replace(model, groups=groups)
+    rounded = to_fit(odd, "gguf")
+    assert (rounded.sites, rounded.format.name) == ({site}, "q8_0")
+    convert(odd, "gguf", tmp_path / "m.gguf", rounded=rounded)
+    assert [change.site for change in rounded.changes] == [site]
+    for one, other in zip(odd.groups(), open_low_bit(tmp_path / "m.gguf").groups(), strict=True):
+        for name, q in one.codes.items():
+            assert torch.equal(q.decode(), other.codes[name].decode()) == (name != site)
+    assert to_fit(odd, "gguf:q8_0").sites == {site}
+    with pytest.raises(ExportError, match="no format of lowbit"):
+        to_fit(odd, "gguf:tq1_0")
+    with pytest.raises(ExportError, match="nothing is to be rounded"):
+        to_fit(odd, "gguf:f16")
+
+
 def test_divergence_is_that_of_its_definition() -> None:
     p, q = (torch.randn(5, 7, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     one, other = (np.exp(x.numpy().astype(np.float64)) for x in (p, q))
@@ -141,6 +193,7 @@ def test_divergence_is_that_of_its_definition() -> None:
     kl, agree = divergence(p, q)
     assert kl == pytest.approx((one * np.log(one / other)).sum(1).mean())
     assert agree == pytest.approx((one.argmax(1) == other.argmax(1)).mean())
+    assert [Verdict("r", "opened", kl=divergence(p, logits)[0]).wrong for logits in (q, q * np.nan)] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +210,10 @@ def test_divergence_is_that_of_its_definition() -> None:
         (Files("compressed-tensors", 4, architecture="GPT2LMHeadModel"), "transformers", ">=5, with compressed-tensors",
          "no"),
         (Files("gguf", 4, architecture="OPTForCausalLM"), "llama.cpp", "any", "no"),
+        (Files("gptq", 4, 64, symmetric=False), "transformers", ">=5, with gptqmodel and optimum", "yes"),
+        (Files("gptq", 4, 64, symmetric=False), "GPTQModel", "any", "no"),
+        (Files("gptq", 4, 64, experts=True), "transformers", ">=5, with gptqmodel and optimum", "no"),
+        (Files("awq", 4, 64, architecture="BloomForCausalLM"), "transformers", ">=5, with gptqmodel", "no"),
     ],
 )  # fmt: skip
 def test_engines_answer_as_their_code_does(files: Files, engine: str, versions: str, answer: str) -> None:

@@ -95,7 +95,7 @@ def test_the_tokenizer_comes_back(llama: Path, tokenizer: Any, tmp_path: Path) -
 
     write(family("llama", root=llama), tmp_path / "m.gguf")
     (tmp_path / "out").mkdir()
-    read(tmp_path / "m.gguf").save_tokenizer(tmp_path / "out")
+    read(tmp_path / "m.gguf").companions(tmp_path / "out")
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "Three 3's: naïve \n\t x<|end|>"
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +16,16 @@ import pytest
 import torch
 from gguf import GGUFReader, TokenType, dequantize
 from gguf_models import family, values_of, written
+from huggingface_hub import metadata_load, metadata_save
 
 from lowbit.errors import ExportError, StorageError
+from lowbit.formats.qtensor import Affine, Raw
+from lowbit.io.gguf.card import write_card
 from lowbit.io.gguf.tokenizer import write_tokenizer
-from lowbit.io.gguf.write import write
-from lowbit.io.opening import open_low_bit
+from lowbit.io.gguf.write import unfit, write
+from lowbit.io.importing import import_low_bit
+from lowbit.io.opening import Group, open_low_bit
+from lowbit.io.storage import partial_file
 
 Arrays = dict[str, np.ndarray]
 
@@ -90,6 +100,63 @@ def test_a_checkpoint_becomes_a_file_and_says_what_the_file_cannot(finished: Pat
         write(model, tmp_path / "m.gguf")
     windowed = family("mistral")
     assert "to the last 24" in write(windowed, tmp_path / "w.gguf")[0]
+
+
+def test_license_and_languages_survive_the_way_there_and_back(finished: Path, tmp_path: Path) -> None:
+    said = {
+        "name": "Tiny", "license": "other", "license_name": "tiny-1.0", "license_link": "LICENSE", "size_label": "1M",
+        "language": ["en", "de"], "tags": ["birds"],
+    }  # fmt: skip
+
+    def companions(folder: Path) -> None:
+        metadata_save(folder / "README.md", {**said, "model-index": [{"name": "x"}], "version": 1.5})
+
+    write(replace(open_low_bit(finished), companions=companions), tmp_path / "m.gguf")
+    import_low_bit(open_low_bit(tmp_path / "m.gguf"), tmp_path / "i")
+    assert metadata_load(tmp_path / "i" / "README.md") == {**said, "version": "1.5"}
+    write(open_low_bit(tmp_path / "i"), tmp_path / "n.gguf")
+    one, other = (
+        {k: f.contents() for k, f in GGUFReader(tmp_path / name).fields.items() if k.startswith("general.")}
+        for name in ("m.gguf", "n.gguf")
+    )
+    assert one == other
+    assert one["general.license.name"] == "tiny-1.0"
+    assert one["general.languages"] == ["en", "de"]
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    told = Recorder()
+    assert "does not say the model's license" in write_card(told, tmp_path, "m")[0]
+    assert told.told == {"string": "m"}
+
+
+def test_what_a_killed_export_left_is_removed(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+    child = os.fork()
+    if child == 0:
+        with partial_file(out, shared=True) as partial:
+            partial.write_bytes(b"GGUF")
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    left, writing, other = (tmp_path / f"m.gguf.{name}.partial" for name in (child, 1, "x"))
+    assert left.read_bytes() == b"GGUF"
+    other.touch()
+    with writing.open("xb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        write(open_low_bit(finished), out)
+    assert sorted(tmp_path.iterdir()) == sorted([out, writing, other])
+
+
+def test_only_linears_that_no_block_type_has_are_unfit() -> None:
+    model = family("mixtral")
+    site = "model.layers.1.mlp.experts.2.down_proj"
+
+    def groups() -> Iterator[Group]:
+        for group in model.groups():
+            codes = {s: replace(q, scale=Raw.of(q.scale.decode() * 1.0001)) if s == site else q
+                     for s, q in group.codes.items() if isinstance(q, Affine)}  # fmt: skip
+            yield replace(group, codes=codes)
+
+    expected = {f"model.layers.1.mlp.experts.{e}.down_proj" for e in range(4)}  # one tensor, one type
+    assert unfit(replace(model, groups=groups)) == expected
 
 
 def test_kinds_choose_the_type_and_dense_ones_decode(tmp_path: Path) -> None:

@@ -126,8 +126,12 @@ def test_golden_bytes(bits: int) -> None:
 def test_version_1_has_no_zero_of_0() -> None:
     positive = torch.rand(32, 64)
     q = preset("int4-g32").encode(positive, preset("int4-g32").fit(positive))
-    with pytest.raises(ExportError, match=r"up_proj: a zero is 0(.|\n)*gptq-v2"):
+    with pytest.raises(ExportError, match=r"up_proj: a zero is 0 in 64 of 64(.|\n)*codes that reach 15(.|\n)*gptq-v2"):
         settled(Gptq, q).pack(UP, q)
+    assert isinstance(q, Affine)
+    spare = dataclasses.replace(q, codes=Codes.of(q.codes.unpack().clamp(max=14), 16))  # room for one more
+    moved = settled(Gptq, spare).pack(UP, spare)
+    np.testing.assert_array_equal(read(moved, 4, 1), spare.decode().numpy())
     held = settled(GptqV2, q).pack(UP, q)
     np.testing.assert_array_equal(read(held, 4, 2), q.decode().numpy())
     held["qzeros"] = torch.full_like(held["qzeros"], -1)

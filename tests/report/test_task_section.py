@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from html import unescape
 
+import numpy as np
 import pytest
 
 from lowbit.evaluation.metrics.agreement import Flips
@@ -56,6 +57,24 @@ def test_the_table_holds_tasks_by_versions(asked: Report) -> None:
     assert rows[1][7 - both] == "–"
     assert html.index("What it can still do") < html.index("Size against loss")
     assert "bbq: left out" in html
+
+
+def test_a_family_is_a_line_before_its_tasks_with_mean_interval_and_counts(asked: Report) -> None:
+    first, second, third = asked.candidates
+    loss = dataclasses.replace(finding("stereo", "share", 2.0, "worse", None), better="lower")
+    first = dataclasses.replace(first, task_findings=(*first.task_findings, loss))
+    known = (("copa", "basic"), ("stereo", "basic"), ("own", "own"))
+    html = task_section.tasks(dataclasses.replace(asked, candidates=(first, second, third), families=known))
+    head, *rows = cells(html, "tasks")
+    names = ["basic 2 tasks", "copa accuracy", "stereo share", "own 1 task"]
+    assert [row[0] for row in rows][:4] == names
+    here = [name.split()[0] for name in head].index(first.label)
+    half = np.hypot(3.0, 3.0) / 2  # two tasks, each known to ±3
+    low, high = f"{-4 - half:.1f}", f"{-4 + half:.1f}"  # -6, and +2 where lower is better
+    assert rows[0][here] == f"−4.0 pp [{low}, {high}] · 2 worse".replace("-", "−")
+    assert rows[0][7 - here] == "+1 pp [−2, +4] · 1 unclear"
+    assert rows[3][7 - here] == "–"
+    assert html.count("<tbody>") - task_section.tasks(asked).count("<tbody>") == 1  # rows are sorted within a family
 
 
 def test_lost_items_are_shown_cut_and_harmless(asked: Report) -> None:

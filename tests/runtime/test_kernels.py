@@ -17,6 +17,7 @@ from lowbit.formats.presets import preset
 from lowbit.formats.qtensor import Columns, QTensor, Raw, Sum
 from lowbit.runtime.kernels import DENSE, REFERENCE, Kernel, choose, kernels, usable
 from lowbit.runtime.kernels.coded import CODED
+from lowbit.runtime.kernels.packed import PACKED
 from lowbit.runtime.kernels.torch_cpu import FEW_TOKENS, INT4, INT8, works
 
 FORMATS = [
@@ -102,19 +103,22 @@ BF16, FP32 = torch.bfloat16, torch.float32
         ("int4-g32-sym", (32, 256), BF16, FEW_TOKENS, INT4),
         ("int4-g256", (64, 256), BF16, 1, INT4),
         ("int8-row-sym", (33, 208), BF16, 1, INT8),
-        ("int8-row-sym", (33, 100), BF16, 1, REFERENCE),  # torch's kernel would read past the end
-        ("int4-g64", (32, 256), BF16, FEW_TOKENS + 1, REFERENCE),  # many tokens
-        ("int4-g64", (32, 256), FP32, 1, REFERENCE),
-        ("int4-g64", (33, 256), BF16, 1, REFERENCE),  # rows
-        ("int4-g64", (32, 224), BF16, 1, REFERENCE),  # a ragged last group
-        ("int4-g96", (32, 192), BF16, 1, REFERENCE),
-        ("int4-row", (32, 256), BF16, 1, REFERENCE),
-        ("int3-g64", (32, 256), BF16, 1, REFERENCE),
+        ("int8-row-sym", (33, 100), BF16, 1, PACKED),  # torch's kernel would read past the end
+        ("int4-g64", (32, 256), BF16, FEW_TOKENS + 1, PACKED),  # many tokens
+        ("int4-g64", (32, 256), FP32, 1, PACKED),
+        ("int4-g64", (33, 256), BF16, 1, PACKED),  # rows
+        ("int4-g64", (32, 224), BF16, 1, PACKED),  # a ragged last group
+        ("int4-g96", (32, 192), BF16, 1, PACKED),
+        ("int4-g40", (32, 200), BF16, 1, REFERENCE),  # groups that begin within 16 columns
+        ("int4-row", (32, 256), BF16, 1, PACKED),
+        ("int3-g64", (32, 256), BF16, 1, PACKED),
         ("int4-g64-half", (32, 256), BF16, 1, INT4),
-        ("int8-row", (32, 256), BF16, 1, REFERENCE),  # zero points
-        ("int8-row-half", (32, 256), BF16, 1, REFERENCE),
-        ("int8-g64-sym", (32, 256), BF16, 1, REFERENCE),
-        ("nf4", (32, 256), BF16, 1, REFERENCE),
+        ("int8-row", (32, 256), BF16, 1, PACKED),  # zero points
+        ("int8-row-half", (32, 256), BF16, 1, PACKED),
+        ("int8-g64-sym", (32, 256), BF16, 1, PACKED),
+        ("nf4", (32, 256), BF16, 1, PACKED),
+        ("nf4", (32, 256), torch.float64, 1, REFERENCE),
+        ("ternary", (32, 256), FP32, 1, REFERENCE),
         ("coded", (33, 100), BF16, 1, CODED),
         ("coded", (33, 100), FP32, FEW_TOKENS + 1, CODED),
         ("coded", (33, 100), torch.float64, 1, REFERENCE),
@@ -189,4 +193,5 @@ def test_what_is_usable_is_listed_with_its_condition() -> None:
     assert listed["reference"]
     assert listed["dense"]
     assert listed["coded"]
+    assert listed["packed"]
     assert listed["torch-int4"] == listed["torch-int8"] == works()

@@ -181,6 +181,18 @@ def test_studies_list_their_cells_in_order(store: Store) -> None:
     assert store.studies() == {"s": {"v": 2}}
 
 
+def test_done_cells_of_another_source_are_counted_not_used(store: Store) -> None:
+    for key in (A, B, C):
+        _add(store, key)
+    store.put_study("s", {}, [Member(A, "reference"), Member(A, "again"), Member(B, "candidate"), Member(C, "late")])
+    for key in (A, B):
+        store.claim("me", key=key)
+        store.finish(key, "me", {}, USAGE)
+    assert store.superseded("s", [A, B]) == store.superseded("t", []) == 0
+    assert store.superseded("s", [A]) == 1
+    assert store.superseded("s", []) == 2  # C is not done: nothing of it is lost
+
+
 def test_findings_are_replaced_and_selected(store: Store) -> None:
     for key in (A, B):
         _add(store, key)

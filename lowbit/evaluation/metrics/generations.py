@@ -7,7 +7,7 @@ definitions are not published, these are our own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -62,6 +62,11 @@ class Texts:
         """Raises EvidenceError unless both were written from the same prompts and seeds."""
         if not (np.array_equal(self.prompt, other.prompt) and np.array_equal(self.seed, other.seed)):
             raise EvidenceError("texts from other prompts or seeds do not pair", where="texts", fix="one set of both")
+
+
+def joined(parts: Sequence[Texts]) -> Texts:
+    """Texts of several settings as one set, at least one; those of one prompt stay one cluster."""
+    return Texts(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Texts)})
 
 
 def repetition(texts: Texts, n: int = 4) -> Float[np.ndarray, " n"]:
@@ -125,6 +130,13 @@ def shift(metric: str, reference: Texts, candidate: Texts, confidence: float = 0
     return _mean(column(candidate) - column(reference), reference.prompt, confidence)
 
 
+def shift_by_prompt(metric: str, reference: Texts, candidate: Texts) -> Float[np.ndarray, " prompts"]:
+    """The same as a number a prompt, in the order of their numbers."""
+    reference.require_paired(candidate)
+    column = PER_TEXT[metric][1]
+    return _by_prompt(column(candidate) - column(reference), reference.prompt)
+
+
 def divergence(reference: Texts, candidate: Texts) -> Divergence:
     """Where each text first differs from the reference's of the same prompt and seed.
 
@@ -139,10 +151,15 @@ def divergence(reference: Texts, candidate: Texts) -> Divergence:
 
 
 def _mean(value: Float[np.ndarray, " n"], prompt: Int32[np.ndarray, " n"], level: float) -> Interval:
-    _, member = np.unique(prompt, return_inverse=True)
-    by_prompt = np.bincount(member, value) / np.bincount(member)
-    found = paired_mean(by_prompt, np.arange(len(by_prompt)), level)
+    means = _by_prompt(value, prompt)
+    found = paired_mean(means, np.arange(len(means)), level)
     return found._replace(n=len(value))
+
+
+def _by_prompt(value: Float[np.ndarray, " n"], prompt: Int32[np.ndarray, " n"]) -> Float[np.ndarray, " prompts"]:
+    _, member = np.unique(prompt, return_inverse=True)
+    found: Float[np.ndarray, " prompts"] = np.bincount(member, value) / np.bincount(member)
+    return found
 
 
 def _grams(texts: Texts, n: int) -> list[list[tuple[int, ...]]]:

@@ -41,12 +41,12 @@ _CITIES = ("Lisbon", "Oslo", "Cairo", "Lima", "Kyoto", "Dakar", "Quito", "Riga",
 
 
 def lines(rng: random.Random, units: int, depth: float) -> tuple[str, str]:
-    """A register of named lines; the number of one of them is asked."""
+    """LongEval's register of named lines; one of them is begun again, and its number is to follow."""
     names = _names(rng, max(units, 2))
-    numbers = [str(rng.randrange(10_000, 100_000)) for _ in names]
-    at = _place(depth, len(names))
-    body = "".join(f"line {name}: the number is {n}\n" for name, n in zip(names, numbers, strict=True))
-    return f"Remember these lines.\n\n{body}\nFrom the record above, line {names[at]}: the number is", f" {numbers[at]}"
+    numbers = [rng.randrange(10_000, 100_000) for _ in names]
+    record = [f"line {name}: REGISTER_CONTENT is <{n}>" for name, n in zip(names, numbers, strict=True)]
+    again, _, number = record[_place(depth, len(names))].rpartition(" ")
+    return "\n".join(["Remember these lines.\n", *record, f"\nAs the record above says, {again}"]), f" {number}"
 
 
 def pairs(rng: random.Random, units: int, depth: float) -> tuple[str, str]:

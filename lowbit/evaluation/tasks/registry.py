@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lowbit.errors import EvidenceError, nearest
-from lowbit.evaluation.tasks import answers, basic, dialogue, emergent, long, schemas, trust
+from lowbit.evaluation.tasks import answers, basic, dialogue, emergent, hub, long, schemas, trust
 from lowbit.evaluation.tasks.base import Task, Value
 from lowbit.evaluation.tasks.long import ask_kv, ask_prompt
 from lowbit.evaluation.tasks.measures import ACCURACY, LENGTH_NORMALISED, MASS, PARSED, RUNAWAY, STEREOTYPE, TARGET_NLL
@@ -17,6 +17,8 @@ from lowbit.evaluation.tasks.readers import parsed
 TASKS = {t.name: t for t in (*basic.TASKS, *emergent.TASKS, *trust.TASKS, *dialogue.TASKS, *long.TASKS)}
 FAMILIES = ("basic", "emergent", "trust", "dialogue", "long")
 
+_ASKED = "--tasks, or tasks.run in a study"
+_DATA = "the folder of the tasks' files: --data FOLDER, or tasks.data in a study"
 LM_EVAL = "lm-eval:"  # before the name of a task of lm-eval
 _FOREIGN = Task("", "lm-eval", "", schemas.Schema("lm-eval", {}), "choice", basic.ask_choice, (ACCURACY,))
 
@@ -58,6 +60,9 @@ def choose(names: Sequence[str], data: Path | None, say: Callable[[str], object]
             part = _of_family(name, data, say)
         elif name.startswith(LM_EVAL):
             part = [Chosen(replace(_FOREIGN, name=name), None, None)]
+        elif name.startswith(hub.PREFIX):
+            file = hub.fetch(name)
+            part = [_of_file(file, file.parent.parent)]
         elif name in TASKS:
             part = [_named(TASKS[name], data)]
         elif path.is_dir():
@@ -66,7 +71,7 @@ def choose(names: Sequence[str], data: Path | None, say: Callable[[str], object]
             part = [_of_file(path, path.parent.parent)]
         else:
             raise EvidenceError(
-                f"no task, family, folder or file {name!r}", where="--tasks", fix=nearest(name, [*FAMILIES, *TASKS])
+                f"no task, family, folder or file {name!r}", where=_ASKED, fix=nearest(name, [*FAMILIES, *TASKS])
             )
         for chosen in part:
             earlier = found.setdefault(chosen.task.name, chosen)
@@ -76,7 +81,7 @@ def choose(names: Sequence[str], data: Path | None, say: Callable[[str], object]
                     fix="rename one of them",
                 )  # fmt: skip
     if not found:
-        raise EvidenceError("no task is left", where="--tasks", fix="--data with the folder of the tasks' files")
+        raise EvidenceError("no task is left", where=_ASKED, fix=_DATA)
     return list(found.values())
 
 
@@ -84,9 +89,7 @@ def _named(task: Task, data: Path | None) -> Chosen:
     if task.make is not None:
         return Chosen(task, None, None)
     if data is None:
-        raise EvidenceError(
-            "needs its data", where=task.name, why=f"its records are read from {task.file}", fix="--data FOLDER"
-        )
+        raise EvidenceError("needs its data", where=task.name, why=f"its records are read from {task.file}", fix=_DATA)
     file = data / task.file
     if not file.is_file():
         raise EvidenceError("does not exist", where=str(file), fix=f"the records of {task.name} in this place")
@@ -110,7 +113,7 @@ def _of_family(family: str, data: Path | None, say: Callable[[str], object]) -> 
         if task.family != family:
             continue
         if task.make is None and (data is None or not (data / task.file).is_file()):
-            say(f"{task.name} is left out: no {task.file} " + (f"in {data}" if data else "without --data"))
+            say(f"{task.name} is left out: no {task.file} " + (f"in {data}" if data else "without a folder of data"))
             continue
         found.append(_named(task, data))
     return found

@@ -12,7 +12,7 @@ first that none can hold, and the nearest format); a block type (``q4_0``, ``tq1
     model = read(file)                                # `lowbit import FILE.gguf -o DIR`
     model.config                                      # dict for config.json, without quantization_config
     model.tensors()                                   # Iterator[(hf name, QTensor | Tensor)], one at a time
-    model.save_tokenizer(folder)                      # tokenizer files and chat template
+    model.companions(folder)                          # tokenizer files, chat template, card with the license
     model.warnings                                    # what the file has that is not carried over
 
 Names are those of transformers' module tree with experts as linears of their own (:mod:`lowbit.models.graph`): a

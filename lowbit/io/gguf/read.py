@@ -16,6 +16,7 @@ from lowbit.arrays import Tensor, UInt8
 from lowbit.errors import CheckpointError, LowbitError, ModelError
 from lowbit.formats.qtensor import QTensor
 from lowbit.io.gguf.blocks import unpack
+from lowbit.io.gguf.card import save_card
 from lowbit.io.gguf.fields import KINDS
 from lowbit.io.gguf.metadata import config_of
 from lowbit.io.gguf.names import Names, Place
@@ -67,9 +68,10 @@ class GgufModel:
             except CheckpointError as error:
                 raise CheckpointError(error.what, where=f"{self.path}: {name}: {error.where}", why=error.why) from error
 
-    def save_tokenizer(self, folder: Path) -> None:
-        """Write tokenizer files and chat template; nothing for a file without a vocabulary."""
+    def companions(self, folder: Path) -> None:
+        """Write tokenizer files and chat template, and a card with the license; nothing of what the file lacks."""
         save_tokenizer(self._fields, self.path, folder)
+        save_card(self._fields, folder)
 
     def _tensor(self, name: str) -> QTensor | Tensor:
         shape, found = self._names.shapes[name], []

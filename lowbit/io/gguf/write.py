@@ -17,6 +17,7 @@ from lowbit.formats.blocks import Block
 from lowbit.formats.pack import Codes
 from lowbit.formats.qtensor import Affine, QTensor, Raw
 from lowbit.io.gguf.blocks import pack, smallest
+from lowbit.io.gguf.card import write_card
 from lowbit.io.gguf.fields import KINDS
 from lowbit.io.gguf.metadata import Written, keys_of
 from lowbit.io.gguf.names import Names, Place
@@ -68,10 +69,10 @@ def write(model: LowBit, out: Path, kind: str | None = None) -> list[str]:
         writer.temp_file = cast(Any, spool)  # its own would be in $TMPDIR, which is often memory
         try:
             writer.add_type("model")
-            writer.add_name(model.path.stem)
+            model.companions(Path(companions))
+            warnings += write_card(writer, Path(companions), model.path.stem)
             writer.add_quantization_version(2)
             _add_keys(writer, names.family.arch, head)
-            model.companions(Path(companions))
             warnings += write_tokenizer(writer, Path(companions), model.source.config.vocab_size)
             written: Counter[str] = Counter()
             missing = {place.name for places in names.places.values() for place in places}
@@ -92,6 +93,21 @@ def write(model: LowBit, out: Path, kind: str | None = None) -> list[str]:
         finally:
             writer.close()
     return warnings
+
+
+def unfit(model: LowBit, kind: str | None = None) -> frozenset[str]:
+    """The linears whose values ``kind`` (None: any block type) cannot have; of experts in one tensor all, or none.
+
+    Raises ExportError for what GGUF or llama.cpp cannot hold at all. Cost one reading and packing of the model.
+    """
+    names, found = Names(model.source), set[str]()
+    for group in model.groups():
+        for sites in _together(group, names):
+            try:
+                _pack([group.codes[site] for site in sites], kind, min(sites))
+            except ExportError:
+                found |= sites.keys()
+    return frozenset(found)
 
 
 def _inverse_frequencies(model: LowBit) -> Tensor | None:
@@ -153,15 +169,11 @@ def _is_matrix(name: str, group: Group) -> bool:
 
 def _encoded(group: Group, names: Names, kind: str | None) -> Iterator[tuple[str, Rows, list[Place]]]:
     """Every tensor of a block by the model's name; experts that lie together in one type."""
-    together: dict[str, list[str]] = {}
-    found: dict[str, list[Place]] = {}
-    for site, q in group.codes.items():
-        found[site] = places = _find(names, f"{site}.weight", q.shape[0])
-        together.setdefault(places[0].name, []).append(site)
-    for sites in together.values():
+    for together in _together(group, names):
+        sites = list(together)
         encoded = _pack([group.codes[site] for site in sites], kind, sites[0])
         for site, rows in zip(sites, encoded, strict=True):
-            yield f"{site}.weight", rows, found[site]
+            yield f"{site}.weight", rows, together[site]
     known = names.places.keys()
     for name, tensor in group.dense.items():
         if name in known or name in group.edited:
@@ -170,6 +182,15 @@ def _encoded(group: Group, names: Names, kind: str | None) -> Iterator[tuple[str
             if names.family.norm_plus_one and name.endswith("norm.weight"):
                 matrix = matrix.to(torch.float32) + 1
             yield name, _dense(matrix, places[0].name, kind), places
+
+
+def _together(group: Group, names: Names) -> Iterable[dict[str, list[Place]]]:
+    """The low-bit linears of a block and their places: those of one tensor, which has one type, together."""
+    found: dict[str, dict[str, list[Place]]] = {}
+    for site, q in group.codes.items():
+        places = _find(names, f"{site}.weight", q.shape[0])
+        found.setdefault(places[0].name, {})[site] = places
+    return found.values()
 
 
 def _find(names: Names, name: str, rows: int) -> list[Place]:

@@ -100,6 +100,24 @@ class Grouped(NamedTuple):
         zeros = q.zero.unpack().view(blocks) if isinstance(q.zero, Codes) else None
         return cls(q.codes, scales, zeros)
 
+    def without_zero(self, site: str) -> Grouped:
+        """The same values where no zero is 0: such a group's codes and zero become one more.
+
+        Raises ExportError for a group that has the largest code already. Whole groups only.
+        """
+        if self.zeros is None or self.zeros.all():
+            return self
+        codes, raised, top = self.codes.unpack(), self.zeros == 0, self.codes.levels - 1
+        groups = codes.view(*raised.shape, -1)
+        if (full := raised & (groups.amax(-1) == top)).any():
+            raise ExportError(
+                f"a zero is 0 in {int(full.sum())} of {full.numel()} groups, which the layout cannot store", where=site,
+                why=f"zeros are stored less one, and readers disagree on what comes back of -1; codes that reach {top} "
+                "cannot be moved up together with their zero", fix="--to gptq-v2, or a -sym format",
+            )  # fmt: skip
+        moved = (groups + raised.unsqueeze(-1)).view_as(codes)
+        return self._replace(codes=Codes.of(moved, self.codes.levels), zeros=self.zeros + raised)
+
     def affine(self, shape: tuple[int, int], group: int) -> Affine:
         """The matrix; scales keep their dtype."""
         block = Block("row") if group == -1 else Block("group", (group,))

@@ -13,8 +13,9 @@ Groups of inputs that do not lie side by side (``desc_act``) are ``Gathered(inde
 order of their groups.
 
 Version 1 has no zero of 0. Stored, it is all ones, from which readers make 0 or 2^b, or carry into the neighbour:
-AutoGPTQ adds one and masks, the CUDA kernels of exllama add one, GPTQModel adds 0x11111111 to the word. So writing one
-is refused, and so is reading one.
+AutoGPTQ adds one and masks, the CUDA kernels of exllama add one, GPTQModel adds 0x11111111 to the word. So reading one
+is refused; writing one, codes and zero of such a group become one more, which is the same values, and where the group
+has the largest code already, it is refused.
 """
 
 from __future__ import annotations
@@ -166,6 +167,8 @@ class Gptq:
         assert isinstance(inner, Affine)  # by its spec
         kind = Kind.of(inner.spec())
         held = Grouped.of(site, inner)
+        if self.less:
+            held = held.without_zero(site)
         groups = held.scales.shape[1]
         in_order = torch.arange(q.shape[1], dtype=torch.int32) // (kind.group if kind.group > 0 else q.shape[1])
         packed, g_idx = held.codes.data, in_order
@@ -177,11 +180,6 @@ class Gptq:
         zeros = torch.full((groups, q.shape[0]), 1 << (kind.bits - 1), dtype=torch.uint8)
         if held.zeros is not None:
             zeros = held.zeros.t().contiguous()
-        if self.less and not zeros.all():
-            raise ExportError(
-                "a zero is 0, which version 1 of GPTQ files cannot store", where=site,
-                why="it is stored less one, and readers disagree on what comes back", fix="--to gptq-v2",
-            )  # fmt: skip
         return {
             "qweight": words(packed).t().contiguous(), "qzeros": pack_words(zeros - self.less, kind.bits),
             "scales": held.scales.t().contiguous(), "g_idx": g_idx,

@@ -86,9 +86,10 @@ REFERENCE, DENSE = Reference(), Dense()
 def kernels() -> list[Kernel]:
     """All kernels, the preferred first, the reference last."""
     from lowbit.runtime.kernels.coded import CODED
+    from lowbit.runtime.kernels.packed import PACKED
     from lowbit.runtime.kernels.torch_cpu import INT4, INT8
 
-    return [INT8, INT4, CODED, REFERENCE]
+    return [INT8, INT4, PACKED, CODED, REFERENCE]
 
 
 POLICIES = ("auto", "reference", "dense")
@@ -116,12 +117,14 @@ def usable() -> list[tuple[str, bool, str]]:
     """Every kernel by name, whether this machine can run it, and when it is chosen."""
     from lowbit import _native
     from lowbit.runtime.kernels.coded import CODED
+    from lowbit.runtime.kernels.packed import PACKED
     from lowbit.runtime.kernels.torch_cpu import FEW_TOKENS, INT4, INT8, works
 
     few = f"bfloat16 activations, at most {FEW_TOKENS} tokens a call"
     return [
         (INT8.name, works(), f"int8-row-sym weights, columns in multiples of 16, {few}"),
         (INT4.name, works(), f"int4 in groups of 32, 64, 128 or 256, {few}"),
+        (PACKED.name, True, f"1 to 8 bits, groups of multiples of 16, on the CPU with {_native.isa()}"),
         (CODED.name, True, f"entropy-coded weights on the CPU, decoded with {_native.isa()} as they are multiplied"),
         (REFERENCE.name, True, "everything else: decode at every call"),
         (DENSE.name, True, "on request, and in scoring: decode once"),

@@ -49,7 +49,7 @@ def panels(view: View) -> list[Panel]:
     """A panel for each model whose candidates have answered a made task."""
     made = ((number, model, list(_found(model))) for number, model in enumerate(view.models))
     return [
-        _panel(f"long-{number}", view.titled("Long contexts", model), found) for number, model, found in made if found
+        panel(f"long-{number}", view.titled("Long contexts", model), found) for number, model, found in made if found
     ]
 
 
@@ -110,7 +110,7 @@ def _sentence(f: Found) -> str:
     change, nll = paired_mean(f.after[at] - f.before[at], f.cluster[at]), paired_mean(f.nll[at], f.cluster[at])
     return (
         f"{f.label}: at {longest} tokens {_percent(f.before[at].mean())} of answers found become "
-        f"{_percent(f.after[at].mean())} ({_spelled(change, 100)} pp); -log p(answer) {_spelled(nll)} nat."
+        f"{_percent(f.after[at].mean())} ({_spelled(change, 100.0)} pp); -log p(answer) {_spelled(nll)} nat."
     )
 
 
@@ -146,7 +146,7 @@ def _table(found: Sequence[Found], lengths: Sequence[int]) -> Table:
             rows.append(
                 Row((
                     Cell(f.label), Cell(f"{length}"), Cell(f"{int(at.sum())}"), Cell(_percent(f.before[at].mean())),
-                    Cell(_percent(f.after[at].mean())), _cell(change, 100), _cell(nll),
+                    Cell(_percent(f.after[at].mean())), _cell(change, 100.0), _cell(nll),
                 ))
             )  # fmt: skip
     return Table(columns, tuple(rows))
@@ -154,12 +154,12 @@ def _table(found: Sequence[Found], lengths: Sequence[int]) -> Table:
 
 def _accuracy(found: Sequence[Found], lengths: Sequence[int]) -> Curves:
     marks = [
-        Mark("original", length, *_three(paired_mean(found[0].before[at], found[0].cluster[at]), 100))
+        Mark("original", float(length), *_three(paired_mean(found[0].before[at], found[0].cluster[at]), 100.0))
         for length in lengths
         if (at := found[0].at(length)).any()
     ]
     marks += [
-        Mark(f.label, length, *_three(paired_mean(f.after[at], f.cluster[at]), 100))
+        Mark(f.label, float(length), *_three(paired_mean(f.after[at], f.cluster[at]), 100.0))
         for f in found
         for length in lengths
         if (at := f.at(length)).any()
@@ -170,7 +170,7 @@ def _accuracy(found: Sequence[Found], lengths: Sequence[int]) -> Curves:
 
 def _change(found: Sequence[Found], lengths: Sequence[int]) -> Curves:
     marks = tuple(
-        Mark(f.label, length, *_three(paired_mean(f.nll[at], f.cluster[at]), 1))
+        Mark(f.label, float(length), *_three(paired_mean(f.nll[at], f.cluster[at]), 1.0))
         for f in found
         for length in lengths
         if (at := f.at(length)).any()
@@ -202,11 +202,11 @@ def _three(i: Interval, factor: float) -> tuple[float, float, float]:
     return factor * i.estimate, factor * i.low, factor * i.high
 
 
-def _cell(i: Interval, factor: float = 1) -> Cell:
+def _cell(i: Interval, factor: float = 1.0) -> Cell:
     return Cell(*text.estimate(*_three(i, factor), signed=True))
 
 
-def _spelled(i: Interval, factor: float = 1) -> str:
+def _spelled(i: Interval, factor: float = 1.0) -> str:
     return " ".join(text.estimate(*_three(i, factor), signed=True))
 
 

@@ -10,7 +10,7 @@ What engines accept of the files that `lowbit export` writes. `lowbit export` wa
 runs the readers that are installed, which is the better answer where one is.
 
 For each engine and its versions, the first row that fits decides. Each row says where it comes from: the engine's own
-code, an issue or a pull request. None of the rows about vLLM, GPTQModel and AutoAWQ has been run for this page. The
+code, an issue or a pull request, or that it was run. None of the rows about vLLM and AutoAWQ was. The
 table is `lowbit.io.engines`, and
 
     from lowbit.io.engines import Files, will_load

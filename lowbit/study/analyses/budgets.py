@@ -247,11 +247,16 @@ def _losses(found: Sequence[Lost]) -> Titled:
     return Titled("What each version loses", Table(columns, tuple(rows)), folded=True)
 
 
+def _drawn(loss: float) -> float:
+    """In percent, as a logarithmic axis can show it."""
+    return max(100 * loss, FLOOR)
+
+
 def _figures(found: Sequence[Lost]) -> Iterable[Curves]:
     for basis, about in ((TEXT, "of a token's probability"), (TASKS, "of the score on tasks")):
         marks = [
-            Mark(f"{x.model}, {x.form.kind}", _bits(x.form), *(max(100 * v, FLOOR) for v in x.loss[:3]),
-                 f"{x.form.name}, {_percent(x.loss)}")
+            Mark(f"{x.model}, {x.form.kind}", _bits(x.form), _drawn(x.loss.estimate), _drawn(x.loss.low),
+                 _drawn(x.loss.high), f"{x.form.name}, {_percent(x.loss)}")
             for x in sorted(found, key=lambda x: (x.form.kind, x.model, _bits(x.form)))
             if x.basis == basis
         ]  # fmt: skip

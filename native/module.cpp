@@ -13,6 +13,7 @@ void bind_product(nb::module_& m);
 void bind_reader(nb::module_& m);
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // kernels live as long as the models that hold them, which may be to the end
     bind_babai(m);
     bind_codec(m);
     bind_checksum(m);

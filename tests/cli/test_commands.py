@@ -80,7 +80,7 @@ def test_compare_with_a_checkpoint_and_the_model_itself(run: Run, llama: Path, c
     args = ("compare", llama, checkpoint, llama, "--text", text, *SCORING, "--store", "store")
     shown = run(*args, "--json", "--report", "report.html")
     assert shown.code == 0, shown.err
-    (found,) = json.loads(shown.out)
+    (found,) = json.loads(shown.out)["reports"]
     candidates = {c["label"]: c for c in found["candidates"]}
     assert set(candidates) == {"int4", "llama"}
     itself = {f["metric"]: f for f in candidates["llama"]["findings"]}

@@ -163,6 +163,6 @@ def test_gradients_pass_rounded_inputs() -> None:
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     y = q(x)
     with torch.no_grad():
-        assert torch.equal(y, q(x))
+        torch.testing.assert_close(y, q(x))  # without gradients the packed kernel multiplies
     y.backward(y.detach())
     torch.testing.assert_close(x.grad, y.detach() @ q.weight.qtensor().decode())

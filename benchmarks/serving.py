@@ -40,6 +40,11 @@ TEXT = (
     "done every winter since the great fire, when half of the town had moved to the other side of the water."
 )
 
+_WAIT = [
+    "--interrupt_requests",
+    "false",
+]  # llama_cpp.server otherwise ends a stream when another request comes
+
 
 class Peer(NamedTuple):
     """A server: its command line, what requests call its model, and what else they say."""
@@ -108,7 +113,7 @@ def peers(a: argparse.Namespace) -> Iterator[Peer]:
     if a.gguf:
         llama = [a.llama_python, "-m", "llama_cpp.server", "--model", str(a.gguf), "--port", "PORT"]
         never = {"logit_bias": {str(token): -100 for token in ends(a.lowbit)}}
-        yield Peer("llama.cpp", [*llama, "--n_threads", str(a.threads), "--model_alias", "m"], "m", never)
+        yield Peer("llama.cpp", [*llama, "--n_threads", str(a.threads), "--model_alias", "m", *_WAIT], "m", never)
 
 
 def ends(checkpoint: Path) -> list[int]:

@@ -66,7 +66,7 @@ def advise(
     constraint = advice.Constraint(limit, None if max_loss is None else _share(max_loss), min_rate)
     found = advice.advise(options, constraint, None if prefer == "auto" else prefer)
     if as_json:
-        emit({**asdict(found), "command": _command(model, found), "study": name})
+        emit({**asdict(found), "command": _command(model, found), "study": name, "loads": _loads(found)})
     else:
         _show(model, found, len(options), name)
     if found.choice is None:
@@ -128,6 +128,19 @@ def _command(model: str, found: Advice) -> str | None:
     return shlex.join(["lowbit", "quantize", model, choice.recipe, "-o", "OUT"])
 
 
+def _loads(found: Advice) -> dict[str, list[str]]:
+    """By layout that holds the choice exactly, the engines that load it with their fast kernels."""
+    from pathlib import Path
+
+    from lowbit.io import native
+    from lowbit.io.loadable import loadable
+
+    if found.choice is None or not found.choice.path or not native.is_native(Path(found.choice.path)):
+        return {}
+    verdicts = loadable(Path(found.choice.path))
+    return {layout: sorted({v.engine for v in answers if v.answer == "yes"}) for layout, answers in verdicts.items()}
+
+
 def _show(model: str, found: Advice, versions: int, study: str) -> None:
     from lowbit.cli.columns import print_columns
     from lowbit.report.text import MISSING, size
@@ -141,6 +154,8 @@ def _show(model: str, found: Advice, versions: int, study: str) -> None:
             print(f"  {command}")
         if found.choice.path:
             print(f"  it lies in {found.choice.path}")
+        for layout, engines in _loads(found).items():
+            print(f"  exported to {layout} it loads in {', '.join(engines) or 'no engine that is known'}")
     why = {ruled.option.label: ruled.why for ruled in found.ruled_out}
     front = {option.label for option in found.front}
     shown = [r.option for r in found.ruled_out] + ([] if found.choice is None else [found.choice])

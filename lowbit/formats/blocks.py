@@ -40,6 +40,18 @@ class Block:
             raise FormatError(f"unknown block {text!r}", fix="tensor, row, group:N, tile:R:C or flat:N")
         return cls(kind, tuple(map(int, size)))  # type: ignore[arg-type]
 
+    def within_row(self, columns: int) -> int | None:
+        """How many neighbouring columns of a row of that many share a block; None where blocks are no such runs."""
+        match self.kind:
+            case "row" | "tensor":
+                return columns
+            case "group":
+                return min(self.size[0], columns)
+            case "flat" if columns % self.size[0] == 0:
+                return self.size[0]
+            case _:
+                return None
+
     def count(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Block rows and block columns of a matrix."""
         rows, columns = shape

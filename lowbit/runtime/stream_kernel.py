@@ -15,7 +15,6 @@ from torch.nn.functional import linear
 
 from lowbit import _native
 from lowbit.arrays import Float, Tensor, UInt8
-from lowbit.formats.blocks import Block
 from lowbit.formats.pack import Codes, bits_for
 from lowbit.formats.qtensor import Affine, Coded, Columns, Lookup, QTensor, Sum
 from lowbit.formats.spec import Spec
@@ -94,7 +93,7 @@ def _grouped(q: QTensor) -> Grouped | None:
     """A weight in the terms of the native code, or None where it has others."""
     if not isinstance(q, Affine | Lookup) or not (bits := bits_for(q.codes.levels)):
         return None
-    group = _group(q.block, q.shape[1])
+    group = q.block.within_row(q.shape[1])
     if group is None:
         return None
     if isinstance(q, Lookup):
@@ -112,19 +111,6 @@ def _grouped(q: QTensor) -> Grouped | None:
     shape = q.shape[0], -(-q.shape[1] // group)
     zero = None if zero is None else _spread(zero, shape)
     return Grouped(q.codes.data.contiguous(), q.shape[1], bits, group, _spread(scale, shape), zero, table)
-
-
-def _group(block: Block, columns: int) -> int | None:
-    """Columns that share a scale within a row; None where blocks straddle rows."""
-    match block.kind:
-        case "row" | "tensor":
-            return columns
-        case "group":
-            return min(block.size[0], columns)
-        case "flat" if columns % block.size[0] == 0:
-            return block.size[0]
-        case _:
-            return None
 
 
 def _spread(values: Float[Tensor, "a b"], shape: tuple[int, int]) -> Float[Tensor, "rows groups"]:

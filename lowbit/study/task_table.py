@@ -123,22 +123,22 @@ def lost(store: Store, grid: TaskGrid, most: int) -> dict[str, tuple[LostItem, .
         base = held.get(grid.reference[name])
         if base is None or not any(m.binary and m.better == "higher" for m in chosen.task.measures):
             continue
-        questions = _questions(chosen, grid.reference[name].params["limit"])
+        asked = questions(chosen, grid.reference[name].params["limit"])
         for version in grid.versions:
             after = held.get(version.cells[name])
             if after is None:
                 continue
             base[0].require_paired(after[0])
             for i in np.flatnonzero((base[0].score > 0.5) & (after[0].score < 0.5)):
-                question = questions.get(str(base[0].id[i]))
+                question = asked.get(str(base[0].id[i]))
                 before, now = (_answer(items, int(i), question) for items in (base[0], after[0]))
-                prompt = "" if question is None else _prompt(question)
+                prompt = "" if question is None else prompt_of(question)
                 margin = float(base[0].margin[i])
                 found[version.label].append(LostItem(name, str(base[0].id[i]), prompt, before, now, margin))
     return {label: tuple(sorted(items, key=lambda item: -item.margin_ref)[:most]) for label, items in found.items()}
 
 
-def _questions(chosen: Chosen, limit: int | None) -> dict[str, Question]:
+def questions(chosen: Chosen, limit: int | None) -> dict[str, Question]:
     """The questions of a task by id, without the examples before them; none where the records are generated."""
     if chosen.file is None:
         return {}
@@ -146,7 +146,7 @@ def _questions(chosen: Chosen, limit: int | None) -> dict[str, Question]:
     return {question.id: question for question in asked}
 
 
-def _prompt(question: Question) -> str:
+def prompt_of(question: Question) -> str:
     """What is asked; of sentences with a gap, the part behind it, which all choices share."""
     if not question.options:
         return question.prompt

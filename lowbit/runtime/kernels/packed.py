@@ -60,7 +60,7 @@ class Packed:
         """Cost: decoding the scales where they are coded themselves; codes stay where they are."""
         assert isinstance(q, Affine | Offset | Lookup)
         rows, columns = q.shape
-        group = _group(q.block, columns)
+        group = q.block.within_row(columns)
         assert group is not None
         shape, bits = (rows, -(-columns // group)), bits_for(q.codes.levels)
         scale = torch.ones(1, 1) if q.scale is None else _numbers(q.scale, shape)
@@ -123,21 +123,8 @@ def _fits(spec: Spec) -> bool:
     codes = spec.leaf("codes")
     if spec.node not in ("Affine", "Offset", "Lookup") or codes is None or not bits_for(codes.levels or 2):
         return False
-    group = _group(Block.parse(str(spec.get("block"))), spec.shape[1])
+    group = Block.parse(str(spec.get("block"))).within_row(spec.shape[1])
     return group is not None and (group % CHUNK == 0 or group >= spec.shape[1])
-
-
-def _group(block: Block, columns: int) -> int | None:
-    """Columns that share a scale within a row; None where blocks are not runs of columns."""
-    match block.kind:
-        case "row" | "tensor":
-            return columns
-        case "group":
-            return min(block.size[0], columns)
-        case "flat" if columns % block.size[0] == 0:
-            return block.size[0]
-        case _:
-            return None
 
 
 def _numbers(q: QTensor, shape: tuple[int, int]) -> Float[Tensor, "rows groups"]:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from lowbit.evaluation.metrics import disagreement as dis
-from lowbit.evaluation.tasks import readers
 from lowbit.evaluation.tasks.base import Question
 from lowbit.report.table import Cell, Column, Row, Table
 from lowbit.study.analyses.answered import Part, Version
+from lowbit.study.task_table import prompt_of, questions
 
 _EACH = 8
 """Questions of one candidate."""
@@ -26,7 +26,7 @@ def table(versions: Sequence[Version]) -> Table:
         found = sorted(_changed(version), key=lambda one: one[0])[:_EACH]
         for margin, part, i in found:
             if part.task not in texts:
-                texts[part.task] = _questions(part)
+                texts[part.task] = questions(part.pair.task, None)
             name = str(part.pair.reference.id[i])
             question = texts[part.task].get(name)
             answers = (_answer(question, int(side.chosen[i])) for side in (part.reference, part.candidate))
@@ -50,23 +50,9 @@ def _changed(version: Version) -> Iterator[tuple[float, Part, int]]:
             yield float(-risk[k]), part, int(changed[k])
 
 
-def _questions(part: Part) -> dict[str, Question]:
-    """The questions of a task by id, without the examples before them; none where the records are no file."""
-    chosen = part.pair.task
-    if chosen.file is None:
-        return {}
-    records = readers.read(chosen.file, chosen.task.schema)
-    wanted = set(map(str, part.pair.reference.id))
-    asked = (chosen.task.ask(record.value, ()) for record in records if record.value["id"] in wanted)
-    return {question.id: question for question in asked}
-
-
 def _prompt(question: Question | None) -> str:
-    """What the choices share: the context, or of sentences with a gap what follows it."""
-    if question is None:
-        return ""
-    same = len({option.context for option in question.options}) == 1
-    words = question.options[0].context if same else f"… {question.options[0].text.strip()}"
+    """What is asked, from its end; empty where the records are no file."""
+    words = "" if question is None else prompt_of(question)
     return words if len(words) <= _LONGEST else f"… {words[-_LONGEST:]}"
 
 

@@ -18,6 +18,7 @@ from lowbit.evaluation.statistics import Interval, paired_mean
 from lowbit.report import text
 from lowbit.report.panel import Claim, Curves, Heat, Mark, Panel, Square, Titled
 from lowbit.report.table import Cell, Column, Row, Table
+from lowbit.study.analyses.judged import spelled
 from lowbit.study.view import Model, Pair, View
 
 SOURCE = "arXiv:2402.18158"
@@ -107,10 +108,11 @@ def panel(key: str, title: str, found: Sequence[Found]) -> Panel:
 def _sentence(f: Found) -> str:
     longest = f.lengths[-1]
     at = f.at(longest)
-    change, nll = paired_mean(f.after[at] - f.before[at], f.cluster[at]), paired_mean(f.nll[at], f.cluster[at])
+    change = spelled(paired_mean(f.after[at] - f.before[at], f.cluster[at]).scaled(100.0), signed=True)
+    nll = spelled(paired_mean(f.nll[at], f.cluster[at]), signed=True)
     return (
         f"{f.label}: at {longest} tokens {_percent(f.before[at].mean())} of answers found become "
-        f"{_percent(f.after[at].mean())} ({_spelled(change, 100.0)} pp); -log p(answer) {_spelled(nll)} nat."
+        f"{_percent(f.after[at].mean())} ({change} pp); -log p(answer) {nll} nat."
     )
 
 
@@ -124,7 +126,7 @@ def _claims(found: Sequence[Found]) -> tuple[Claim, ...]:
     return tuple(
         Claim(
             SOURCE, j.hypothesis.claim,
-            f"{_spelled(j.interval)} nat from {found[0].lengths[0]} to {found[0].lengths[-1]} tokens, "
+            f"{spelled(j.interval, signed=True)} nat from {found[0].lengths[0]} to {found[0].lengths[-1]} tokens, "
             f"{j.interval.n} clusters, p {text.p_value(j.p_for)} (Holm)", j.verdict,
         )
         for j in judge(measured)
@@ -204,10 +206,6 @@ def _three(i: Interval, factor: float) -> tuple[float, float, float]:
 
 def _cell(i: Interval, factor: float = 1.0) -> Cell:
     return Cell(*text.estimate(*_three(i, factor), signed=True))
-
-
-def _spelled(i: Interval, factor: float = 1.0) -> str:
-    return " ".join(text.estimate(*_three(i, factor), signed=True))
 
 
 def _percent(share: float) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lowbit.cli.options import Json, Model, StoreFolder, emit, quiet, say
+from lowbit.cli.options import Jobs, Json, Model, StoreFolder, emit, quiet, say
 
 if TYPE_CHECKING:
     from lowbit.study.advise import Advice, Option
@@ -18,7 +20,7 @@ def advise(
     model: Model,
     memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Such as 6GiB.")] = None,
     max_loss: Annotated[
-        str | None, typer.Option("--max-loss", metavar="PERCENT", help="Of perplexity, shown: 1%.")
+        str | None, typer.Option("--max-loss", metavar="PERCENT", help="Of perplexity (or score), shown: 1%.")
     ] = None,
     min_rate: Annotated[
         float | None, typer.Option("--min-rate", metavar="N", min=0.0, help="Tokens a second, decoding.")
@@ -31,6 +33,28 @@ def advise(
     bandwidth: Annotated[
         str | None, typer.Option(metavar="SIZE/s", help="Of that memory (800GB/s); predicts tokens a second.")
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="NAME", help="Its memory and bandwidth: h200, rtx-4090, ...; this: measured."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", metavar="LIST", help="Judge by answers to tasks or families, not by perplexity."),
+    ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Make recipes that fit, screen them on few items, confirm on many.")
+    ] = False,
+    recipes: Annotated[
+        str | None,
+        typer.Option("--recipes", metavar="A;B;...", help="That --search tries; default: a ladder of widths."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="DIR", help="The folder below which the tasks' files lie.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=2, help="The first N records of each task.")] = None,
+    few: Annotated[int, typer.Option("--few", min=50, help="Items that screening asks of each version.")] = 100,
+    many: Annotated[int, typer.Option("--many", min=50, help="Items that confirm those left.")] = 1000,
+    jobs: Jobs = 1,
     prefer: Annotated[
         Literal["auto", "quality", "size", "speed"],
         typer.Option(help="What decides among versions that meet it; auto: quality, or size for --max-loss alone."),
@@ -41,50 +65,100 @@ def advise(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Choose among the versions that a study or `lowbit compare` has scored; runs nothing."""
+    """Choose among the versions that a study or `lowbit compare` has scored; runs nothing without --search."""
     quiet()
     from lowbit import digest
     from lowbit.models.resolve import open_model
     from lowbit.pipeline.allocate import size as parse_size
     from lowbit.study import advise as advice
-    from lowbit.study import fit
+    from lowbit.study import advise_tasks, fit
     from lowbit.study.store import Store
 
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    _require_tasks(names, search=search, recipes=recipes)
+    room, per_second = _device(device, memory, bandwidth, unified)
     source = open_model(model, say)
     shape = fit.shape_of(source.config)
     kv = shape.kv_bytes(context)
     overhead = kv + shape.activation_bytes(1) + (0 if reserve is None else parse_size(reserve))
     folder = store or digest.cache_folder() / "compare"
-    with Store(folder, create=False) as held:
-        name = study or _study(held, source.digest, model)
-        options = advice.table(held, name, source.digest, overhead=overhead)
-    if bandwidth is not None:
-        options = _with_rates(options, kv, float(parse_size(bandwidth.removesuffix("/s"))))
-    limit = None if memory is None else parse_size(memory)
-    if limit is not None and unified:
-        limit = fit.Device(limit, unified=True).usable
-    constraint = advice.Constraint(limit, None if max_loss is None else _share(max_loss), min_rate)
-    found = advice.advise(options, constraint, None if prefer == "auto" else prefer)
-    if as_json:
-        emit({**asdict(found), "command": _command(model, found), "study": name, "loads": _loads(found)})
+    speed = None if per_second is None else partial(_rate, kv, per_second)
+    constraint = advice.Constraint(room, None if max_loss is None else _share(max_loss), min_rate)
+    wanted = None if prefer == "auto" else prefer
+    if search:
+        from lowbit.cli.advise_search import asked, search_recipes
+
+        name = "advise"
+        settings = asked(model, recipes, names, data, limit)
+        found = search_recipes(
+            folder, name, settings, source, constraint, few, many, jobs,
+            overhead=overhead, rate=speed, prefer=wanted,
+        )  # fmt: skip
     else:
-        _show(model, found, len(options), name)
+        with Store(folder, create=False) as held:
+            name = study or _study(held, source.digest, model, "task" if names else "reference")
+            if names:
+                options = advise_tasks.table(held, name, source.digest, names, overhead=overhead)
+            else:
+                options = advice.table(held, name, source.digest, overhead=overhead)
+        if speed is not None:
+            options = [replace(o, rate=speed(o.nbytes)) for o in options]
+        found = advice.advise(options, constraint, wanted)
+    if as_json:
+        emit({**_to_json(found), "command": _command(model, found), "study": name, "loads": _loads(found)})
+    else:
+        _show(model, found, name)
     if found.choice is None:
         raise typer.Exit(1)
 
 
-def _study(store: Any, model_digest: str, model: str) -> str:
-    """The only study of a store that scored this model."""
+def _require_tasks(names: list[str], *, search: bool, recipes: str | None) -> None:
+    from lowbit.errors import RecipeError
+
+    if search and not names:
+        raise RecipeError("a search asks tasks", where="--search", fix="--tasks hellaswag,arc_easy --data FOLDER")
+    if recipes is not None and not search:
+        raise RecipeError("nothing is made without --search", where="--recipes", fix="--search beside it")
+
+
+def _device(
+    name: str | None, memory: str | None, bandwidth: str | None, unified: bool
+) -> tuple[int | None, float | None]:
+    """Bytes that may be used and bytes a second, of ``--device`` unless said beside it; None where unknown."""
+    from lowbit.pipeline.allocate import size
+    from lowbit.study import devices
+    from lowbit.study.fit import Device
+
+    known = None if name is None else devices.named(name)
+    rate = float(size(bandwidth.removesuffix("/s"))) if bandwidth else known.bandwidth if known else None
+    room = size(memory) if memory else known.memory if known else None
+    shared = unified or (known is not None and known.unified)
+    return None if room is None else Device(room, rate, shared).usable, rate
+
+
+def _rate(kv: int, bandwidth: float, nbytes: int) -> float:
+    from lowbit.study.fit import decode_rate
+
+    return decode_rate(nbytes, kv, bandwidth).middle
+
+
+def _study(store: Any, model_digest: str, model: str, stage: str) -> str:
+    """The only study of a store that scored this model, or asked it tasks."""
     from lowbit.errors import StudyError
 
     names = [
         name
         for name in store.studies()
-        if any(cell.params.get("model_digest") == model_digest for _, cell in store.cells(name))
-    ]
+        if any(
+            model_digest in (cell.params.get("model_digest"), cell.params.get("digest"))
+            and cell.stage == stage and "only" not in cell.params
+            for _, cell in store.cells(name)
+        )
+    ]  # fmt: skip
     if len(names) != 1:
         raise StudyError(
-            f"{len(names)} studies scored this model" + (f": {', '.join(names)}" if names else ""),
+            f"{len(names)} studies {'asked this model tasks' if stage == 'task' else 'scored this model'}"
+            + (f": {', '.join(names)}" if names else ""),
             where=f"{store.root}, {model}",
             fix="--study NAME" if names else "lowbit compare MODEL OUT..., or lowbit study run and --store",
         )
@@ -103,18 +177,18 @@ def _share(text: str) -> float:
     return value
 
 
-def _with_rates(options: list[Option], kv: int, bandwidth: float) -> list[Option]:
-    from dataclasses import replace
+def _to_json(found: Advice) -> dict[str, Any]:
+    def told(option: Option | None) -> dict[str, Any] | None:
+        return None if option is None else {**asdict(option), "loss": option.loss._asdict(), "percent": option.percent}
 
-    from lowbit.study.fit import decode_rate
-
-    return [replace(o, rate=decode_rate(o.nbytes, kv, bandwidth).middle) for o in options]
+    return {
+        "choice": told(found.choice), "reason": found.reason, "front": [told(o) for o in found.front],
+        "ruled_out": [{"option": told(r.option), "why": r.why} for r in found.ruled_out],
+    }  # fmt: skip
 
 
 def _command(model: str, found: Advice) -> str | None:
     """The command that makes the choice; None where a line cannot say how it was made."""
-    from pathlib import Path
-
     from lowbit.io import native
     from lowbit.study.advise import ORIGINAL
 
@@ -130,8 +204,6 @@ def _command(model: str, found: Advice) -> str | None:
 
 def _loads(found: Advice) -> dict[str, list[str]]:
     """By layout that holds the choice exactly, the engines that load it with their fast kernels."""
-    from pathlib import Path
-
     from lowbit.io import native
     from lowbit.io.loadable import loadable
 
@@ -141,10 +213,14 @@ def _loads(found: Advice) -> dict[str, list[str]]:
     return {layout: sorted({v.engine for v in answers if v.answer == "yes"}) for layout, answers in verdicts.items()}
 
 
-def _show(model: str, found: Advice, versions: int, study: str) -> None:
+_HEADINGS = {"perplexity": "Δ perplexity", "score": "score lost"}
+
+
+def _show(model: str, found: Advice, study: str) -> None:
     from lowbit.cli.columns import print_columns
     from lowbit.report.text import MISSING, size
 
+    versions = len(found.ruled_out) + (found.choice is not None)
     print(f"{model}: {versions} versions in study {study!r}")
     if found.choice is None:
         print(f"none: {found.reason}")
@@ -161,7 +237,7 @@ def _show(model: str, found: Advice, versions: int, study: str) -> None:
     shown = [r.option for r in found.ruled_out] + ([] if found.choice is None else [found.choice])
     print()
     print_columns(
-        ["version", "memory", "Δ perplexity", "tokens/s", "front", "why not"],
+        ["version", "memory", _HEADINGS[shown[0].measure], "tokens/s", "front", "why not"],
         [
             [
                 o.label, size(o.need), o.percent, MISSING if o.rate is None else f"{o.rate:.1f}",

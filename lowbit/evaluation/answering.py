@@ -30,6 +30,11 @@ class Asked:
     too_long: tuple[str, ...]
     digest: str
 
+    def only(self, rows: Sequence[int]) -> Asked:
+        """The questions at these places, as a task of its own."""
+        some = tuple(self.records[i] for i in rows), tuple(self.questions[i] for i in rows)
+        return Asked(self.task, *some, self.too_long, digest.of_value([self.digest, list(rows)]))
+
 
 def ask(
     task: Task, records: Sequence[Record], shots: Sequence[Value], reader: Reader, longest: int | None,

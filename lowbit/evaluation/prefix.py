@@ -34,7 +34,7 @@ Final = Callable[[Int[Tensor, "batch length"]], Float[Tensor, "batch length d"]]
 SHORTEST = 16  # tokens that a stem must save, copied keys cost something too
 ROWS = 128  # positions projected to the vocabulary at a time
 TOKENS = 4096  # of a batch, however many rows are allowed
-PASS = 64  # tokens that cost about as much as one more pass over the weights
+PASS = 32  # tokens that cost about as much as one more pass over the weights
 
 
 class Asked(NamedTuple):
@@ -198,23 +198,25 @@ def _batches(found: Sequence[Trunk], batch: int, alike: bool) -> Iterator[list[T
             yield rows[part]
 
 
-def parts(lengths: Sequence[int], most: int) -> Iterator[slice]:
-    """Cuts of rows, sorted by length with the longest first, into batches of at most ``most`` rows.
+def parts(lengths: Sequence[int], most: int) -> list[slice]:
+    """Cuts of rows, sorted by length with the longest first, into batches of at most ``most`` rows and 4096 tokens.
 
-    A batch ends where it has 4096 tokens, and where what fills its shorter rows is a quarter of it and costs more than
-    another pass over the weights.
+    The cuts with the least to compute: a pass costs as much as ``PASS`` tokens, and every row is filled to the longest
+    of its batch. Cost: rows times ``most``.
     """
-    start, filled = 0, 0
-    for i, length in enumerate(lengths):
-        first, rows = lengths[start], i - start
-        more = filled + first - length
-        if rows >= most or (rows + 1) * first > TOKENS or (more > PASS and 4 * more > (rows + 1) * first):
-            if rows:
-                yield slice(start, i)
-            start, more = i, 0
-        filled = more
-    if lengths:
-        yield slice(start, len(lengths))
+    least, start = [0.0], [0]  # of the first i rows: what they cost, and where the last batch of them begins
+    for i in range(1, len(lengths) + 1):
+        cost = {
+            j: least[j] + PASS + (i - j) * lengths[j]
+            for j in range(i - 1, max(i - most, 0) - 1, -1) if j == i - 1 or (i - j) * lengths[j] <= TOKENS
+        }  # fmt: skip
+        start.append(min(cost, key=cost.__getitem__))
+        least.append(cost[start[-1]])
+    cuts, end = [], len(lengths)
+    while end:
+        cuts.append(slice(start[end], end))
+        end = start[end]
+    return cuts[::-1]
 
 
 def _grow(model: PreTrainedModel, rows: list[Trunk], stem: int, cache: Any) -> Iterator[Asked]:

@@ -20,7 +20,7 @@ from scipy import special
 
 from lowbit.errors import EvidenceError
 from lowbit.evaluation.metrics.base import quantile_group
-from lowbit.evaluation.statistics import Interval, holm
+from lowbit.evaluation.statistics import Interval, holm, p_value
 
 STRATA = 5
 _PILOT = 0.4  # of the budget
@@ -29,7 +29,7 @@ _PRIOR = 2.0  # items of average spread that a stratum's own spread is mixed wit
 ALPHA = 0.05
 
 Measure = Callable[[Int[np.ndarray, " k"]], Float[np.ndarray, " k"]]
-"""The paired difference on the items with these indices; asking costs time."""
+"""The paired difference on the items with these indices, from -1 to 1; asking costs time, and is done twice."""
 
 
 class Sampled(NamedTuple):
@@ -61,18 +61,19 @@ def screen(
     size = np.bincount(group, minlength=strata).astype(np.float64)
     room = np.array([len(o) for o in order])
     pilot = np.minimum(np.maximum(round(_PILOT * budget / strata), _LEAST), room)
-    values = [measure(o[:k]).astype(np.float64) for o, k in zip(order, pilot, strict=True)]
+    values = _ask(measure, [o[:k] for o, k in zip(order, pilot, strict=True)])
     more = _allocate(size * _spread(values, size), room, pilot, budget)
-    values = [
-        np.concatenate([v, measure(o[k:m])]) for v, o, k, m in zip(values, order, pilot, more, strict=True)
-    ]  # fmt: skip
+    further = _ask(measure, [o[k:m] for o, k, m in zip(order, pilot, more, strict=True)])
+    values = [np.concatenate(both) for both in zip(values, further, strict=True)]
     weight = size / n
     estimate = float(weight @ np.array([v.mean() for v in values]))
     # of a finite task: a stratum that was asked in full has no error left
     left = 1 - more / size
     each = weight**2 * _spread(values, size) ** 2 * left / more
-    se = math.sqrt(float(each.sum()))
-    df = max(float(each.sum() ** 2 / np.sum(each**2 / np.maximum(more - 1, 1))), 1.0) if se else float(more.sum())
+    unseen = (1 - budget / n) / budget  # none of the items changed is not none of all: as if one more had
+    se = math.hypot(math.sqrt(float(each.sum())), unseen)
+    spread = float(np.sum(each**2 / np.maximum(more - 1, 1)))
+    df = max(float(each.sum() ** 2 / spread), 1.0) if spread else float(more.sum())
     half = float(special.stdtrit(df, (1 + level) / 2)) * se
     items = np.sort(np.concatenate([o[:m] for o, m in zip(order, more, strict=True)]))
     method = f"{strata} strata of margin, t, {df:.0f} df"
@@ -90,21 +91,24 @@ class Raced(NamedTuple):
     (Bonferroni over those confirmed), so that the best of them may be read off."""
 
 
-def race(
-    measures: Sequence[tuple[str, Measure]], margin: Float[np.ndarray, " n"], few: int, many: int, *, seed: int = 0
-) -> list[Raced]:
-    """Screen every candidate on ``few`` items, and confirm on ``many`` others those not shown to be behind the best.
+Out = Callable[[Sequence[Interval]], list[bool]]
+"""Which of the screened means rule their candidates out."""
 
-    Larger is better. A candidate is out where its screened mean lies below the best's by more than chance: Holm over
-    all pairs, since which of them looks best is chance as well (errors taken to be independent, which is cautious for
-    candidates that change alike). Best first.
+
+def race(
+    measures: Sequence[tuple[str, Measure]], margin: Float[np.ndarray, " n"], few: int, many: int, *,
+    out_of: Out | None = None, seed: int = 0,
+) -> list[Raced]:  # fmt: skip
+    """Screen every candidate on ``few`` items, and confirm on ``many`` others (or all that are left) those not out.
+
+    Larger is better; ``out_of`` is ``behind`` unless given. Best first.
     """
     screened = [(name, screen(measure, margin, few, seed=seed)) for name, measure in measures]
-    out = _behind([s.interval for _, s in screened])
+    out = (out_of or behind)([s.interval for _, s in screened])
     free = np.ones(len(margin), dtype=np.bool_)
     for _, s in screened:
         free[s.items] = False
-    level = 1 - ALPHA / out.count(False)
+    level = 1 - ALPHA / max(out.count(False), 1)
     budget = min(many, int(free.sum()))
     raced = [
         Raced(
@@ -116,11 +120,17 @@ def race(
     return sorted(raced, key=lambda r: (r.confirmed is None, -(r.confirmed or r.screened).estimate))
 
 
-def _behind(means: Sequence[Interval]) -> list[bool]:
+def below(means: Sequence[Interval], least: float) -> list[bool]:
+    """Which means lie below ``least`` by more than chance (Holm over all)."""
+    return [p < ALPHA for p in holm([p_value(mean, least, "less") for mean in means])]
+
+
+def behind(means: Sequence[Interval]) -> list[bool]:
     """Which means lie below another by more than chance, all pairs tested in both directions at once.
 
-    Of a pair the larger error stands for both: where changes are rare and losses, a sample that met few of them has
-    by the same luck a high mean and a small error.
+    Holm over all pairs, since which of them looks best is chance as well (errors taken to be independent, which is
+    cautious for candidates that change alike). Of a pair the larger error stands for both: where changes are rare and
+    losses, a sample that met few of them has by the same luck a high mean and a small error.
     """
     pairs = list(itertools.combinations(range(len(means)), 2))
     gaps = [means[a].estimate - means[b].estimate for a, b in pairs]
@@ -128,6 +138,12 @@ def _behind(means: Sequence[Interval]) -> list[bool]:
     p = holm([2 * float(special.ndtr(-abs(g) / e)) if e else float(g == 0) for g, e in zip(gaps, errors, strict=True)])
     lower = {(a if gap < 0 else b) for (a, b), gap, q in zip(pairs, gaps, p, strict=True) if q < ALPHA}
     return [i in lower for i in range(len(means))]
+
+
+def _ask(measure: Measure, strata: Sequence[Int[np.ndarray, ...]]) -> list[Float[np.ndarray, ...]]:
+    """The differences of items, stratum by stratum, asked for together."""
+    values = measure(np.concatenate(strata)).astype(np.float64)
+    return np.split(values, np.cumsum([len(rows) for rows in strata])[:-1])
 
 
 def _spread(values: Sequence[Float[np.ndarray, ...]], size: Float[np.ndarray, " strata"]) -> Float[np.ndarray, ...]:

@@ -18,13 +18,16 @@ from lowbit.evaluation import evidence
 from lowbit.evaluation.metrics import perplexity
 from lowbit.evaluation.statistics import Interval, holm, p_value
 from lowbit.report.pareto import Point, Standing, standings
-from lowbit.report.text import size
+from lowbit.report.text import MISSING, size
 from lowbit.study.rows import CellRow
 from lowbit.study.store import Store
 
 Prefer = Literal["quality", "size", "speed"]
+Measure = Literal["perplexity", "score"]
 ALPHA = 0.05
 ORIGINAL = "original"
+UNHARMED = Interval(0.0, 0.0, 0.0, 0.0, 0, 0, "the original itself")
+UNMEASURED = Interval(0.0, 0.0, 0.0, 0.0, 0, 0, "not measured")
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,25 @@ class Option:
     need: int
     """Bytes in memory while it runs: weights, keys and values, the rest."""
     loss: Interval
-    """Log-perplexity less that of the original, in nats."""
+    """Log-perplexity less that of the original, in nats; or the share of the original's mean score on tasks that is
+    lost."""
     rate: float | None = None
     """Tokens a second when decoding; None where unknown."""
     path: str = ""
-    """Where it lies; empty for one that does not exist any more."""
+    """Where it lies; empty for one that does not exist (any more)."""
+    measure: Measure = "perplexity"
 
     @property
     def percent(self) -> str:
-        """The loss in percent of perplexity, with its interval."""
-        value, low, high = (100 * math.expm1(x) for x in self.loss[:3])
+        """The loss in percent of perplexity or of the original's score, with its interval; a dash where unmeasured."""
+        if self.loss == UNMEASURED:
+            return MISSING
+        value, low, high = (100 * (math.expm1(x) if self.measure == "perplexity" else x) for x in self.loss[:3])
         return f"{value:+.2f} % [{low:+.2f}, {high:+.2f}]"
+
+    def limit(self, share: float) -> float:
+        """A share of perplexity, or of score, in the unit of ``loss``."""
+        return math.log1p(share) if self.measure == "perplexity" else share
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ class Constraint:
     memory: int | None = None
     """Bytes."""
     max_loss: float | None = None
-    """Share of perplexity: 0.01 for 1 %."""
+    """Share of perplexity, or of the original's score: 0.01 for 1 %."""
     min_rate: float | None = None
     """Tokens a second."""
 
@@ -92,10 +103,10 @@ def advise(options: Sequence[Option], constraint: Constraint, prefer: Prefer | N
     """
     if not options:
         raise StudyError("nothing was measured", where="advise", fix="lowbit study run, or lowbit compare")
-    wanted = prefer or ("size" if constraint.max_loss is not None and constraint.memory is None else "quality")
+    wanted = preferred(constraint, prefer)
     ruled, left = [], []
     for option in options:
-        why = _too_much(option, constraint)
+        why = too_much(option, constraint)
         if why:
             ruled.append(Ruled(option, why))
         else:
@@ -158,7 +169,13 @@ def _option(
     )  # fmt: skip
 
 
-def _too_much(option: Option, constraint: Constraint) -> str:
+def preferred(constraint: Constraint, prefer: Prefer | None) -> Prefer:
+    """What decides among versions that meet a constraint."""
+    return prefer or ("size" if constraint.max_loss is not None and constraint.memory is None else "quality")
+
+
+def too_much(option: Option, constraint: Constraint) -> str:
+    """Why a version meets the constraint on memory or speed not; empty where it does."""
     memory, rate = constraint.memory, constraint.min_rate
     if memory is not None and option.need > memory:
         return f"needs {size(option.need)}, {size(option.need - memory)} too many"
@@ -170,19 +187,25 @@ def _too_much(option: Option, constraint: Constraint) -> str:
 
 
 def _within_loss(options: Sequence[Option], max_loss: float) -> tuple[list[Option], list[Ruled]]:
-    limit = math.log1p(max_loss)
-    shown = holm([p_value(o.loss, limit, "less") for o in options])
+    shown = holm([p_value(o.loss, o.limit(max_loss), "less") for o in options])
     kept, ruled = [], []
     for option, p in zip(options, shown, strict=True):
         if p < ALPHA:
             kept.append(option)
-        elif option.loss.estimate >= limit:
+        elif option.loss.estimate >= option.limit(max_loss):
             ruled.append(Ruled(option, f"loses {option.percent}, allowed are {100 * max_loss:g} %"))
         else:
             ruled.append(
-                Ruled(option, f"loses {option.percent}: not shown to stay below {100 * max_loss:g} %, score more text")
+                Ruled(
+                    option,
+                    f"loses {option.percent}: not shown to stay below {100 * max_loss:g} %, {_MORE[option.measure]}",
+                )
             )
     return kept, ruled
+
+
+_MORE = {"perplexity": "score more text", "score": "ask more items"}
+_OF = {"perplexity": "perplexity", "score": "the original's score"}
 
 
 def _order(option: Option, prefer: Prefer) -> tuple[float, int, float, str]:
@@ -195,7 +218,8 @@ def _order(option: Option, prefer: Prefer) -> tuple[float, int, float, str]:
 
 def _reason(choice: Option, left: Sequence[Option], prefer: Prefer, constraint: Constraint) -> str:
     most = {"quality": "may lose least", "size": "takes the fewest bytes", "speed": "is fastest"}[prefer]
-    text = f"of {len(left)} that meet the constraint it {most}: {choice.percent} of perplexity, {size(choice.need)}"
+    text = f"of {len(left)} that meet the constraint it {most}: {choice.percent} of {_OF[choice.measure]}, "
+    text += size(choice.need)
     if constraint.memory is not None:
         text += f" of {size(constraint.memory)}"
     if prefer == "quality":
@@ -219,7 +243,7 @@ def _second(option: Option, choice: Option, prefer: Prefer) -> str:
 def _nearest(options: Sequence[Option], constraint: Constraint) -> str:
     """What would have to give where nothing meets the constraint."""
     parts = ["no measured version meets the constraint"]
-    fitting = [o for o in options if not _too_much(o, constraint)]
+    fitting = [o for o in options if not too_much(o, constraint)]
     if fitting:
         best = min(fitting, key=lambda o: o.loss.high)
         parts.append(f"the best that fits is {best.label}, which loses {best.percent}")

@@ -180,6 +180,8 @@ def task(context: StageContext) -> Mapping[str, Any]:
         found = lmeval_items.answers(scorer, reader, name, include, params["limit"], params["allow_code"])
         return _kept(context, found.items, found.digest, reader, scorer.identity, reference, 0)
     asked = _asked(params, reader, longest)
+    if "only" in params:  # places of the questions that are asked, of those that fit
+        asked = asked.only(params["only"])
     done = 0
     total = sum(max(1, len(question.turns)) for question in asked.questions)
 

@@ -72,10 +72,12 @@ def squared_error(answers: Answers, bins: int = BINS, kind: Bins = "mass", confi
     negative. Its root is the RMS calibration error."""
     binned = _binned(answers, bins, kind)
     found = _quadratic([(1.0, binned)], confidence)
-    scaled = binned.weight[:, None] * binned.covariance
+    covariance, pull = binned.covariance, binned.weight * binned.gap
+    scaled = binned.weight[:, None] * covariance
     noise, t = float(np.sum(scaled * scaled.T)), float(special.stdtrit(found.clusters - 1, (1 + confidence) / 2))
-    # the variance grows with the error itself, 2 noise + 4 rate error: the ends are where the estimate is t errors off
-    rate = noise / max(float(np.trace(scaled)), np.finfo(np.float64).tiny)
+    # the variance grows with the error itself, 2 noise + 4 rate error: the ends are where the estimate is t errors off;
+    # the rate is the variance of the direction that the gaps take, which few clusters push together
+    rate = float(pull @ covariance @ pull) / max(float(pull @ binned.gap), np.finfo(np.float64).tiny)
     middle = found.estimate + 2 * rate * t * t
     half = math.sqrt(max(middle**2 - found.estimate**2 + 2 * noise * t * t, 0.0))
     return found._replace(low=middle - half, high=middle + half)

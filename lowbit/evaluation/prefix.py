@@ -73,18 +73,20 @@ def follow(
     def project() -> None:
         pieces = torch.cat([a.hidden for a in waiting]).split(ROWS)
         targets = _targets(waiting, continuations)
-        values, first, at = [], [], 0
+        values, greedy, at = [], [], 0
         for piece in pieces:
             logits = head(piece)
-            column = targets[at : at + len(piece)].to(logits.device)
-            values.append((logits.gather(1, column) - torch.logsumexp(logits, -1, keepdim=True)).cpu())
-            first.append(logits.argmax(-1).cpu())
+            asked_for = logits.gather(1, targets[at : at + len(piece)].to(logits.device))
+            highest = logits.amax(-1, keepdim=True)  # vectorised, which argmax is not
+            greedy.append((asked_for == highest).cpu())
+            log_z = logits.sub_(highest).exp_().sum(-1, keepdim=True).log_() + highest
+            values.append((asked_for - log_z).cpu())
             at += len(piece)
-        value, best, at = torch.cat(values), torch.cat(first), 0
+        value, best, at = torch.cat(values), torch.cat(greedy), 0
         for sequences, hidden in waiting:
             rows = slice(at, at + len(hidden))
             for k, i in enumerate(sequences):
-                found[i] = value[rows, k], bool((best[rows] == targets[rows, k]).all())
+                found[i] = value[rows, k], bool(best[rows, k].all())
             at += len(hidden)
         on_done(sum(len(a.sequences) for a in waiting))
         waiting.clear()

@@ -1,6 +1,8 @@
 """Lossless coding of weights, side by side: ours, zipnn and zstandard; sizes, speeds, and cold loads.
 
     python benchmarks/lossless.py --model DIR [--model DIR ...] [--gguf FILE] [--peers SITE_PACKAGES] [--mb 32]
+    python benchmarks/lossless.py --load FILE --workers 1 2 4       # cold loads of one file only
+    python benchmarks/lossless.py --make FILE --mb 2000             # such a file: Gaussian bfloat16 of a model's scales
 
 Subjects: the model's own tensors, and made of them: float8_e4m3fn with a scale a row, int4-g128, nf4, int8 with one
 scale a tensor and one a row. Every coder gets the same bytes; tensors one by one. Speeds are bytes of the original a
@@ -211,12 +213,25 @@ def cold(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def load(path: Path, folder: Path, repeats: int) -> dict[str, float]:
-    """Cold file to tensors in memory: ours against safetensors, and both against the disk's own rate."""
+def make(path: Path, nbytes: int) -> None:
+    """A file of matrices whose rows differ in scale as a trained model's do; its exponents code alike."""
+    from safetensors.torch import save_file
+
+    g = torch.Generator().manual_seed(0)
+    scale = 0.02 * torch.randn(4096, 1, generator=g).mul(0.3).exp()
+    count = max(1, nbytes // (2 * 4096 * 4096))
+    save_file({f"layer.{i}": (torch.randn(4096, 4096, generator=g) * scale).bfloat16() for i in range(count)}, path)
+
+
+def load(path: Path, small: Path, repeats: int, workers: int = 2) -> dict[str, float]:
+    """Cold file to tensors in memory: ours against safetensors, and both against the disk's own rate.
+
+    ``small`` is the file compressed, made unless it is there.
+    """
     from safetensors.torch import load as load_bytes
 
-    small = folder / "coded.safetensors"
-    compress(path, small)
+    if not small.exists():
+        compress(path, small)
     times: dict[str, list[float]] = {"disk": [], "safetensors": [], "lowbit": []}
     for _ in range(repeats):
         cold(path)
@@ -232,7 +247,7 @@ def load(path: Path, folder: Path, repeats: int) -> dict[str, float]:
         cold(small)
         started = time.perf_counter()
         with Reader(small) as reader:
-            found = dict(reader.read_all(workers=2))
+            found = dict(reader.read_all(workers=workers))
         times["lowbit"].append(time.perf_counter() - started)
         del found
     size = path.stat().st_size
@@ -240,8 +255,8 @@ def load(path: Path, folder: Path, repeats: int) -> dict[str, float]:
     ratio = size / small.stat().st_size
     disk = size / seconds["disk"]
     return {
-        "ratio": ratio, "disk_gb_s": disk / 1e9, "safetensors_gb_s": size / seconds["safetensors"] / 1e9,
-        "lowbit_gb_s": size / seconds["lowbit"] / 1e9,
+        "workers": workers, "ratio": ratio, "disk_gb_s": disk / 1e9,
+        "safetensors_gb_s": size / seconds["safetensors"] / 1e9, "lowbit_gb_s": size / seconds["lowbit"] / 1e9,
         "share_of_disk_times_ratio": size / seconds["lowbit"] / (disk * ratio),
     }  # fmt: skip
 
@@ -253,7 +268,18 @@ def main() -> None:
     parser.add_argument("--peers")
     parser.add_argument("--mb", type=int, default=32, help="bytes of each subject, in MB")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--load", type=Path)
+    parser.add_argument("--make", type=Path)
+    parser.add_argument("--workers", type=int, nargs="*", default=[2])
     arguments = parser.parse_args()
+    if arguments.make is not None:
+        make(arguments.make, arguments.mb * 1_000_000)
+    if arguments.load is not None:
+        small = arguments.load.with_suffix(".coded.safetensors")
+        for workers in arguments.workers:
+            print(json.dumps(load(arguments.load, small, arguments.repeats, workers)), flush=True)
+    if arguments.make is not None or arguments.load is not None:
+        return
     torch.set_num_threads(1)
     most, coders = arguments.mb * 1_000_000, [ours(), *peers(arguments.peers)]
     results: list[Result] = []
@@ -285,10 +311,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for root in arguments.model:
-            print(
-                f"load {root.name}: {json.dumps(load(root / 'model.safetensors', folder, arguments.repeats))}",
-                flush=True,
-            )
+            found = load(root / "model.safetensors", folder / "coded.safetensors", arguments.repeats)
+            print(f"load {root.name}: {json.dumps(found)}", flush=True)
             (folder / "coded.safetensors").unlink()
         if tensorwise:
             print(f"A3.4, 200 MB/s, int8 by tensor: {json.dumps(break_even(tensorwise, 200e6, folder))}", flush=True)

@@ -1,7 +1,7 @@
 """What native/*.cpp compiles to. Each function says in its source what it expects; Python callers wrap it."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 from numpy import ndarray
 
@@ -36,14 +36,43 @@ def grouped_multiply(
 
 # native/packed.cpp; tensors of torch or arrays of numpy, in C order; ValueError where sizes disagree
 class Packed:
+    @overload
     def __init__(
         self, codes: Any, columns: int, bits: int, group: int, scale: Any, zero: Any, offset: Any, table: Any
     ) -> None: ...
-    def multiply(self, x: ndarray, y: ndarray, threads: int) -> None: ...
+    @overload
+    def __init__(self, numbers: Any) -> None: ...
     def decode(self, first: int, out: ndarray, threads: int) -> None: ...
+
+# addresses of float32 that callers have checked, those of biases may be 0
+def packed_multiply(
+    weights: tuple[Packed, ...], biases: tuple[int, ...], x: int, inputs: int, y: int, outputs: int, threads: int
+) -> None: ...
+
+# native/step.cpp; as packed_multiply
+def norm(x: int, weight: int, y: int, rows: int, columns: int, epsilon: float, shift: float) -> None: ...
+def turned(
+    weights: tuple[Packed, ...], biases: tuple[int, ...], x: int, inputs: int, y: int, outputs: int, cos: int, sin: int,
+    turned: int, one_row: bool, size: int, threads: int,
+) -> None: ...  # fmt: skip
+def attend(
+    q: int, keys: tuple[int, ...], values: tuple[int, ...], mask: int, mask_row: int, rows: int, heads: int, group: int,
+    width: int, size: int, scale: float, weight: tuple[Packed, ...], bias: tuple[int, ...], y: int, outputs: int,
+    threads: int,
+) -> None: ...  # fmt: skip
+def gated(
+    weights: tuple[Packed, ...], biases: tuple[int, ...], weight: tuple[Packed, ...], bias: tuple[int, ...], x: int,
+    inputs: int, y: int, outputs: int, threads: int,
+) -> None: ...  # fmt: skip
 
 # native/checksum.cpp
 def crc32c(bytes: Any, before: int = 0, tables: bool = False) -> int: ...
+
+# native/fields.cpp; arrays of numpy, written in place; ValueError where sizes disagree
+def join_bf16(exponent: ndarray, rest: ndarray, out: ndarray) -> None: ...
+def join_fp16(high: ndarray, low: ndarray, out: ndarray) -> None: ...
+def join_fp32(exponent: ndarray, rest: ndarray, middle: ndarray, low: ndarray, out: ndarray) -> None: ...
+def pack_bits(codes: ndarray, out: ndarray, bits: int) -> None: ...
 
 # native/babai.cpp; arrays of numpy in C order, written in place; ValueError where sizes disagree
 def round_block(

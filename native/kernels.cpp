@@ -7,7 +7,8 @@
 namespace lowbit {
 
 #define LOWBIT_OF(isa) \
-    {#isa, isa::store, isa::multiply, isa::packed_enter, isa::packed_multiply, isa::packed_decode}
+    {#isa, isa::store, isa::multiply, isa::packed_enter, isa::packed_multiply, isa::packed_decode, isa::norm, \
+     isa::attend, isa::silu}
 
 std::vector<const Kernels*> available() {
     static const Kernels portable_kernels = LOWBIT_OF(portable);

@@ -8,6 +8,7 @@
 #include "decode.h"
 #include "multiply.h"
 #include "packed.h"
+#include "step.h"
 
 namespace lowbit {
 
@@ -26,6 +27,9 @@ struct Kernels {
     decltype(portable::packed_enter)* packed_enter;  // see packed.h
     decltype(portable::packed_multiply)* packed_multiply;
     decltype(portable::packed_decode)* packed_decode;
+    decltype(portable::norm)* norm;  // see step.h
+    decltype(portable::attend)* attend;
+    decltype(portable::silu)* silu;
 };
 
 // Those that this processor runs, slowest first.

@@ -12,6 +12,7 @@
 
 #include "kernels.h"
 #include "multiply_pool.h"
+#include "products.h"
 
 namespace nb = nanobind;
 
@@ -23,9 +24,10 @@ using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::dev
 using Stored = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Values = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Inputs = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 constexpr std::size_t PIECE = std::size_t(1) << 15;  // weights that are worth a thread's attention
+
+constexpr float ONE = 1;
 
 struct Line {  // of the cache: a vector of inputs that lies in two takes twice as long to read
     alignas(64) float lane[CHUNK];
@@ -33,6 +35,13 @@ struct Line {  // of the cache: a vector of inputs that lies in two takes twice 
 
 void require(bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(what);
+}
+
+// How many rows are one piece of work: several pieces a thread, each worth its attention.
+std::size_t rows_apiece(std::size_t rows, std::size_t columns, int threads) {
+    const std::size_t workers = std::size_t(std::max(threads, 1)), least = std::max<std::size_t>(1, PIECE / columns);
+    const std::size_t piece = workers == 1 ? rows : std::max(least, rows / (4 * workers));
+    return std::max<std::size_t>(4, (piece + 3) / 4 * 4);
 }
 
 class Packed {
@@ -61,35 +70,35 @@ public:
             if (c < levels) w_.whole = w_.whole && w_.table[c] == float(c) + w_.table[0];
         }
         require(w_.whole || bits < 5 || w_.shifted == PackedWeight::none, "tables of more than 16 values are only scaled");
-        w_.copied = w_.rows - std::min(w_.rows, (ROOM + w_.row_bytes - 1) / w_.row_bytes);
-        end_.resize((w_.rows - w_.copied) * w_.row_bytes + ROOM);
-        std::memcpy(end_.data(), w_.codes + w_.copied * w_.row_bytes, end_.size() - ROOM);
-        w_.end = end_.data();
+        copy_end();
     }
 
-    // y = x W^T, each output summed in the same order whatever the tokens and the threads.
-    void multiply(Inputs x, Floats y, int threads) const {
-        require(x.shape(1) == w_.columns && y.shape(0) == x.shape(0) && y.shape(1) == w_.rows,
-                "x is not (tokens, columns), or y is not (tokens, rows)");
-        nb::gil_scoped_release release;
-        thread_local std::vector<Line> entered;  // kept: fresh pages at every call would cost more than the product
-        entered.resize(std::max(entered.size(), x.shape(0) * chunks_of(w_)));
-        float* const in = entered.data()->lane;
-        const Kernels& k = kernels();
-        k.packed_enter(w_, x.data(), x.shape(0), in);
-        const PackedProduct product{in, x.shape(0), y.data()};
-        share(0, w_.rows, threads, [&](std::size_t first, std::size_t last, float* scratch) {
-            k.packed_multiply(w_, first, last, product, scratch);
-        });
+    // Weights of 16 bits, multiplied as they are.
+    explicit Packed(Stored numbers) : scale_(numbers) {
+        const nb::dlpack::dtype type = numbers.dtype();
+        w_.bfloat = type.code == std::uint8_t(nb::dlpack::dtype_code::Bfloat);
+        require(type.bits == 16 && (w_.bfloat || type.code == std::uint8_t(nb::dlpack::dtype_code::Float)),
+                "weights that are not packed are float16 or bfloat16");
+        require(numbers.shape(1) > 0, "there are no columns");
+        w_.codes = static_cast<const std::uint8_t*>(numbers.data());
+        w_.rows = numbers.shape(0), w_.columns = numbers.shape(1), w_.row_bytes = 2 * w_.columns, w_.bits = 16;
+        w_.group = w_.columns, w_.groups = 1;
+        w_.scale = {&ONE, Numbers::f32, true};
+        copy_end();
     }
+
+    const PackedWeight& weight() const { return w_; }
 
     // Rows from `first` on, as many as `out` has, in float32.
     void decode(std::size_t first, Floats out, int threads) const {
         require(out.shape(1) == w_.columns && first <= w_.rows && out.shape(0) <= w_.rows - first, "there are no such rows");
         nb::gil_scoped_release release;
         float* const to = out.data();
-        share(first, first + out.shape(0), threads, [&](std::size_t begin, std::size_t end, float* scratch) {
-            kernels().packed_decode(w_, begin, end, to + (begin - first) * w_.columns, scratch);
+        const std::size_t rows = out.shape(0), piece = rows_apiece(rows, w_.columns, threads);
+        spread((rows + piece - 1) / piece, threads, [&](std::size_t i) {
+            std::vector<float> scratch(scratch_of(w_));
+            const std::size_t begin = first + i * piece, end = std::min(first + rows, begin + piece);
+            kernels().packed_decode(w_, begin, end, to + (begin - first) * w_.columns, scratch.data());
         });
     }
 
@@ -107,17 +116,12 @@ private:
         return {from.data(), type, from.shape(0) == 1};
     }
 
-    // Calls work(begin, end, scratch) for pieces of the rows [first, last), several a thread.
-    template <class Work>
-    void share(std::size_t first, std::size_t last, int threads, const Work& work) const {
-        const std::size_t rows = last - first, workers = std::size_t(std::max(threads, 1));
-        const std::size_t least = std::max<std::size_t>(1, PIECE / w_.columns);
-        std::size_t piece = workers == 1 ? rows : std::max(least, rows / (4 * workers));
-        piece = std::max<std::size_t>(4, (piece + 3) / 4 * 4);
-        spread((rows + piece - 1) / piece, threads, [&](std::size_t i) {
-            std::vector<float> scratch(scratch_of(w_));
-            work(first + i * piece, std::min(last, first + (i + 1) * piece), scratch.data());
-        });
+    // Rows whose chunks could be read past the end of the codes are read from a copy.
+    void copy_end() {
+        w_.copied = w_.rows - std::min(w_.rows, (ROOM + w_.row_bytes - 1) / w_.row_bytes);
+        end_.resize((w_.rows - w_.copied) * w_.row_bytes + ROOM);
+        std::memcpy(end_.data(), w_.codes + w_.copied * w_.row_bytes, end_.size() - ROOM);
+        w_.end = end_.data();
     }
 
     Bytes codes_;
@@ -126,7 +130,73 @@ private:
     PackedWeight w_{};
 };
 
+struct Piece {
+    const PackedWeight* w;
+    std::size_t first, last;
+    PackedProduct product;
+};
+
+// What packed_multiply() is in Python.
+void multiply_at(nb::tuple weights, nb::tuple biases, std::uintptr_t x, std::size_t inputs, std::uintptr_t y,
+                 std::size_t outputs, int threads) {
+    const Products products(weights, biases, inputs, outputs);
+    nb::gil_scoped_release release;
+    products.run(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), threads);
+}
+
 }  // namespace
+
+Products::Products(nb::tuple weights, nb::tuple biases, std::size_t inputs, std::size_t outputs) {
+    require(weights.size() == biases.size() && weights.size() > 0, "not one bias a weight");
+    std::size_t rows = 0;
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+        const auto bias = nb::cast<std::uintptr_t>(biases[i]);
+        factors.push_back({&nb::cast<const Packed&>(weights[i]).weight(), reinterpret_cast<const float*>(bias)});
+        require(factors[i].w->columns == factors[0].w->columns, "the weights have not the same columns");
+        rows += factors[i].w->rows;
+    }
+    const std::size_t columns = factors[0].w->columns;
+    tokens = inputs / columns;
+    require(inputs % columns == 0, "x is not (tokens, columns)");
+    require(outputs == tokens * rows, "y is not (tokens, rows)");
+}
+
+void Products::run(const float* x, float* y, int threads) const {
+    const Kernels& k = kernels();
+    std::size_t rows = 0;
+    for (const Factor& f : factors) rows += f.w->rows;
+    const PackedWeight& first = *factors[0].w;
+    const std::size_t lines = tokens * chunks_of(first), piece = rows_apiece(rows, first.columns, threads);
+    thread_local std::vector<Line> entered;  // kept: fresh pages at every call would cost more than the product
+    thread_local std::vector<Piece> pieces;
+    entered.resize(std::max(entered.size(), 2 * lines));
+    pieces.clear();
+    float* in[2] = {};  // four-bit weights may meet their inputs in another order
+    float* out = y;
+    for (const Factor& f : factors) {
+        float*& order = in[f.w->bits == 4];
+        if (!order) {
+            order = entered[f.w->bits == 4 ? lines : 0].lane;
+            k.packed_enter(*f.w, x, tokens, order);
+        }
+        for (std::size_t row = 0; row < f.w->rows; row += piece) {
+            pieces.push_back({f.w, row, std::min(f.w->rows, row + piece), {order, tokens, out}});
+        }
+        out += tokens * f.w->rows;
+    }
+    const Piece* all = pieces.data();
+    spread(pieces.size(), threads, [&, all](std::size_t i) {
+        const Piece& p = all[i];
+        thread_local std::vector<float> scratch;
+        scratch.resize(std::max(scratch.size(), scratch_of(*p.w)));
+        k.packed_multiply(*p.w, p.first, p.last, p.product, scratch.data());
+    });
+    for (const Factor& f : factors) {
+        for (std::size_t t = 0; t < tokens; ++t, y += f.w->rows) {
+            for (std::size_t i = 0; f.bias && i < f.w->rows; ++i) y[i] += f.bias[i];
+        }
+    }
+}
 
 }  // namespace lowbit
 
@@ -137,6 +207,8 @@ void bind_packed(nb::module_& m) {
                       lowbit::Values>(),
              nb::arg("codes"), nb::arg("columns"), nb::arg("bits"), nb::arg("group"), nb::arg("scale"),
              nb::arg("zero").none(), nb::arg("offset").none(), nb::arg("table"))
-        .def("multiply", &Packed::multiply, nb::arg("x"), nb::arg("y"), nb::arg("threads"))
+        .def(nb::init<lowbit::Stored>(), nb::arg("numbers"))
         .def("decode", &Packed::decode, nb::arg("first"), nb::arg("out"), nb::arg("threads"));
+    m.def("packed_multiply", &lowbit::multiply_at, nb::arg("weights"), nb::arg("biases"), nb::arg("x"),
+          nb::arg("inputs"), nb::arg("y"), nb::arg("outputs"), nb::arg("threads"));
 }

@@ -8,7 +8,7 @@ namespace lowbit {
 
 // Codes are looked up, or are whole numbers, 16 columns at a time. Groups begin at multiples of that.
 constexpr int CHUNK = 16;
-constexpr std::size_t ROOM = 16;  // bytes that may be read past the codes of a chunk
+constexpr std::size_t ROOM = 32;  // bytes that may be read past the codes of a chunk
 
 // One number a group of a row, as it is stored.
 struct Numbers {
@@ -23,11 +23,12 @@ struct PackedWeight {
     const std::uint8_t* codes;  // rows of little-endian streams of codes, as lowbit/formats/pack.py lays them out
     const std::uint8_t* end;    // a copy of the rows from `copied` on, with ROOM behind it
     std::size_t rows, copied, columns, row_bytes;
-    int bits;  // of a code, 1 to 8
+    int bits;  // of a code, 1 to 8; 16 where the codes are the weights themselves, as float16 or bfloat16
     std::size_t group, groups;  // columns that share a scale, and how many such there are in a row
     Numbers scale, shift;
     enum Shift { none, zero, offset } shifted;
     bool whole;        // table[c] = c - table[0]
+    bool bfloat;       // of 16 bits
     float table[256];  // repeated where there are fewer than 16 codes
 };
 

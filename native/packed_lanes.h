@@ -24,6 +24,10 @@ struct Floats {
     static Floats all(float x) { return {_mm512_set1_ps(x)}; }
     static Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
     static Floats half(const void* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)))}; }
+    static Floats bfloat(const void* p) {
+        const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))};
+    }
     void store(float* p) const { _mm512_storeu_ps(p, v); }
     Floats first(int n) const { return {_mm512_maskz_mov_ps(__mmask16((1u << n) - 1), v)}; }
     float sum() const { return _mm512_reduce_add_ps(v); }
@@ -105,6 +109,13 @@ struct Floats {
     static Floats half(const void* p) {
         const __m128i* h = static_cast<const __m128i*>(p);
         return {_mm256_cvtph_ps(_mm_loadu_si128(h)), _mm256_cvtph_ps(_mm_loadu_si128(h + 1))};
+    }
+    static __m256 eight(const __m128i* p) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16));
+    }
+    static Floats bfloat(const void* p) {
+        const __m128i* h = static_cast<const __m128i*>(p);
+        return {eight(h), eight(h + 1)};
     }
     void store(float* p) const { _mm256_storeu_ps(p, a), _mm256_storeu_ps(p + 8, b); }
     Floats first(int n) const {
@@ -213,6 +224,16 @@ struct Floats {
         std::uint16_t h[CHUNK];
         std::memcpy(h, p, sizeof h);
         return of([&](int i) { return half_to_float(h[i]); });
+    }
+    static Floats bfloat(const void* p) {
+        std::uint16_t h[CHUNK];
+        std::memcpy(h, p, sizeof h);
+        return of([&](int i) {
+            const std::uint32_t bits = std::uint32_t(h[i]) << 16;
+            float out;
+            std::memcpy(&out, &bits, 4);
+            return out;
+        });
     }
     void store(float* p) const { std::memcpy(p, lane, sizeof lane); }
     Floats first(int n) const { return load(lane, n); }

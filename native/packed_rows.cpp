@@ -7,8 +7,8 @@ namespace lowbit {
 namespace {
 
 // How codes of BITS become values. Up to four bits, 16 values a group are scaled once and looked up by a permutation;
-// wider ones are whole numbers or gathered, and scaled one by one.
-enum class Way { table, whole, gather };
+// wider ones are whole numbers or gathered, and scaled one by one. Sixteen are the weight itself.
+enum class Way { table, whole, gather, half, bfloat };
 
 constexpr std::size_t BAND = std::size_t(1) << 17;  // bytes of codes
 
@@ -18,6 +18,7 @@ struct Group {
     const float* values;
 
     void set(const PackedWeight& w, const float* of_scale, const float* of_shift) {
+        if (BITS == 16) return;
         scale = Floats::all(*of_scale);
         if (WAY == Way::table) {
             table = Floats::load(w.table);
@@ -32,10 +33,16 @@ struct Group {
     }
 
     Floats at(const std::uint8_t* p) const {
-        const Codes codes = codes_at<BITS>(p);
-        if (WAY == Way::table) return look_up(codes, table);
-        if (WAY == Way::whole) return (whole<BITS>(codes) - zero) * scale + offset;
-        return gather<BITS>(codes, values) * scale;
+        if constexpr (WAY == Way::half) {
+            return Floats::half(p);
+        } else if constexpr (WAY == Way::bfloat) {
+            return Floats::bfloat(p);
+        } else {
+            const Codes codes = codes_at<BITS>(p);
+            if (WAY == Way::table) return look_up(codes, table);
+            if (WAY == Way::whole) return (whole<BITS>(codes) - zero) * scale + offset;
+            return gather<BITS>(codes, values) * scale;
+        }
     }
 };
 
@@ -194,6 +201,7 @@ void choose(const PackedWeight& w, const Arguments&... arguments) {
         case 4: return Do<4, Way::table>::run(w, arguments...);
         case 5: return wide(Do<5, Way::whole>::run, Do<5, Way::gather>::run);
         case 6: return wide(Do<6, Way::whole>::run, Do<6, Way::gather>::run);
+        case 16: return w.bfloat ? Do<16, Way::bfloat>::run(w, arguments...) : Do<16, Way::half>::run(w, arguments...);
         case 7: return wide(Do<7, Way::whole>::run, Do<7, Way::gather>::run);
         default: return wide(Do<8, Way::whole>::run, Do<8, Way::gather>::run);
     }

@@ -56,6 +56,7 @@ class Described(NamedTuple):
     def load(self, tokens: int) -> Opened:
         """Its weights, for texts of ``tokens``, or as many as it reads if that is less. Raises CheckpointError."""
         from lowbit.io import native
+        from lowbit.runtime.decoding import prepare
         from lowbit.runtime.facade import cache_format, load
         from lowbit.study.stages import dense_model, torch_dtype
 
@@ -66,6 +67,8 @@ class Described(NamedTuple):
             )  # fmt: skip
         else:
             model = dense_model(self.path, self.dtype)
+        if self.kernels == "auto":
+            prepare(model)
         return Opened(model, self.tokenizer, self.kv or cache_format(model), self.longest)
 
 

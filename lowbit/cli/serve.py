@@ -83,7 +83,7 @@ def load(
     from lowbit.errors import ModelError
     from lowbit.io import native
     from lowbit.models.resolve import locate
-    from lowbit.runtime import facade
+    from lowbit.runtime import decoding, facade
     from lowbit.serve.served import Served
     from lowbit.study.stages import dense_model, describe, torch_dtype
 
@@ -98,6 +98,8 @@ def load(
         model = facade.load(path, dtype=kind, device=device, kernels=kernels)
     else:
         model = dense_model(path, str(kind).removeprefix("torch.")).to(device)  # type: ignore[arg-type]  # transformers wraps the method, and its types
+    if kernels == "auto":
+        decoding.prepare(model)
     return Served.of(
         name, about["digest"], model, tokenizer,
         kv=kv or facade.cache_format(model), slots=slots, queue=queue, chunk=chunk, context=context,

@@ -18,12 +18,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from lowbit import _native
+
 Bytes = UInt8[np.ndarray, "_"]
 """The bytes of a tensor, or codes of at most eight bits."""
 Split = Callable[[Bytes], tuple[Bytes, ...]]
 Join = Callable[[Sequence[Bytes]], Bytes]
-
-_CHUNK = 1 << 16  # codes that are joined at a time: they stay in the cache between two passes
 
 
 class Part(NamedTuple):
@@ -67,15 +67,9 @@ def _split_bf16(data: Bytes) -> tuple[Bytes, ...]:
 
 
 def _join_bf16(fields: Sequence[Bytes]) -> Bytes:
-    exponent, rest = fields
+    exponent, rest = map(np.ascontiguousarray, fields)
     out = np.empty(exponent.size, "<u2")
-    scratch = np.empty(min(_CHUNK, exponent.size), "<u2")
-    for start in range(0, exponent.size, _CHUNK):
-        word, noise = out[start : start + _CHUNK], scratch[: min(_CHUNK, exponent.size - start)]
-        np.multiply(rest[start : start + _CHUNK], np.uint16(0x101), out=noise, dtype=np.uint16)
-        noise &= 0x807F  # the byte twice: its sign from the upper copy, its mantissa from the lower
-        np.left_shift(exponent[start : start + _CHUNK], np.uint16(7), out=word, dtype=np.uint16)
-        word |= noise
+    _native.join_bf16(exponent, rest, out)
     joined: Bytes = out.view(np.uint8)
     return joined
 
@@ -86,11 +80,11 @@ def _split_fp16(data: Bytes) -> tuple[Bytes, ...]:
 
 
 def _join_fp16(fields: Sequence[Bytes]) -> Bytes:
-    high, low = fields
-    out = np.empty(2 * high.size, np.uint8)
-    out[1::2] = high >> 1 & 0x7C | (high & 4) << 5 | high & 3
-    out[::2] = low
-    return out
+    high, low = map(np.ascontiguousarray, fields)
+    out = np.empty(high.size, "<u2")
+    _native.join_fp16(high, low, out)
+    joined: Bytes = out.view(np.uint8)
+    return joined
 
 
 def _split_fp32(data: Bytes) -> tuple[Bytes, ...]:
@@ -100,9 +94,10 @@ def _split_fp32(data: Bytes) -> tuple[Bytes, ...]:
 
 
 def _join_fp32(fields: Sequence[Bytes]) -> Bytes:
-    exponent, sign, middle, low = (field.astype("<u4") for field in fields)
-    word = exponent << 23 | (sign & 0x80) << 24 | (sign & 0x7F) << 16 | middle << 8 | low
-    joined: Bytes = word.view(np.uint8)
+    exponent, rest, middle, low = map(np.ascontiguousarray, fields)
+    out = np.empty(exponent.size, "<u4")
+    _native.join_fp32(exponent, rest, middle, low, out)
+    joined: Bytes = out.view(np.uint8)
     return joined
 
 
@@ -164,18 +159,9 @@ def unpack_bits(data: Bytes, bits: int) -> Bytes:
 
 def pack_bits(codes: Bytes, bits: int) -> Bytes:
     """The inverse of :func:`unpack_bits`; a multiple of eight codes (of 8 / bits where that is whole)."""
-    per = 8 // bits if bits in (1, 2, 4) else 8
-    planes = codes.reshape(per, codes.size // per)
-    if per * bits == 8:
-        out = planes[0].copy()
-        for i in range(1, per):
-            out |= planes[i] << np.uint8(i * bits)
-        whole: Bytes = out
-        return whole
-    word = np.zeros(planes.shape[1], np.uint64)
-    for i in range(per):
-        word |= planes[i].astype(np.uint64) << np.uint64(i * bits)
-    return np.ascontiguousarray(word.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :bits]).reshape(-1)
+    out = np.empty(codes.size * bits // 8, np.uint8)
+    _native.pack_bits(np.ascontiguousarray(codes), out, bits)
+    return out
 
 
 def _packed(bits: int) -> Layout:

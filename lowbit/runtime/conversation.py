@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from lowbit.arrays import Float, Tensor
 from lowbit.errors import ModelError, RecipeError
 from lowbit.formats.heads import CacheFormat
 from lowbit.runtime.detokenize import TextStream
+from lowbit.runtime.growing import growing_cache
 from lowbit.runtime.kvcache import KVCache
 from lowbit.runtime.sampling import GREEDY, Sampler, Sampling
 
@@ -168,4 +169,4 @@ class Conversation:
     def _forget(self) -> None:
         self._seen: list[int] = []
         config = self._model.config
-        self._cache: Cache = DynamicCache(config=config) if self._kv is None else KVCache(config, self._kv)
+        self._cache: Cache = growing_cache(config) if self._kv is None else KVCache(config, self._kv)

@@ -24,6 +24,7 @@ from lowbit.pipeline.recipe import Calibration, parse
 from lowbit.pipeline.result import Finished
 from lowbit.pipeline.walk import prepared, walk
 from lowbit.runtime import transformers_quantizer
+from lowbit.runtime.decoding import restore
 from lowbit.runtime.kernels import check_policy
 from lowbit.runtime.linear import PackedWeight, QLinear
 from lowbit.runtime.stream_model import stream
@@ -130,7 +131,8 @@ def cache_format(model: PreTrainedModel) -> CacheFormat | None:
 
 
 def use_kernels(model: nn.Module, policy: str) -> None:
-    """Set the kernel policy of every QLinear of a model."""
+    """Set the kernel policy of every QLinear of a model; other modules compute as their own classes do."""
+    restore(model)
     for module in model.modules():
         if isinstance(module, QLinear):
             module.use(policy)

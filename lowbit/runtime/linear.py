@@ -9,18 +9,19 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from lowbit.arrays import Float, Int, Tensor
-from lowbit.formats.activation import ActivationFormat, Input, exact_columns
-from lowbit.formats.qtensor import Gathered, QTensor, Rotated, build
+from lowbit.formats.activation import ActivationFormat, Input
+from lowbit.formats.qtensor import QTensor, build
 from lowbit.formats.spec import Spec
 from lowbit.runtime.gradients import Product, StraightThrough
+from lowbit.runtime.inner import Inner as Inner
 from lowbit.runtime.kernels import REFERENCE, Kernel, check_policy, choose
+from lowbit.runtime.kernels.packed import PACKED, State
 
 
 class Stored(nn.Module):
@@ -111,30 +112,6 @@ class Rounding(Stored):
         return self.format.name
 
 
-@dataclass(frozen=True)
-class Inner:
-    """A weight without its outer changes of basis: ``x @ W.T == enter(x) @ weight.T``."""
-
-    entries: tuple[Rotated | Gathered, ...]
-    weight: QTensor
-    spec: Spec
-    exact: Tensor | None
-    """The entered inputs that are never rounded, where inputs are."""
-
-    @classmethod
-    def of(cls, q: QTensor) -> Inner:
-        entries: list[Rotated | Gathered] = []
-        while isinstance(q, Rotated | Gathered):
-            entries.append(q)
-            q = q.inner
-        return cls(tuple(entries), q, q.spec(), exact_columns(q))
-
-    def enter(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch inner"]:
-        for node in self.entries:
-            x = node.enter(x)
-        return x
-
-
 class QLinear(nn.Module):
     """``y = round(x) Wᵀ + b`` with W a QTensor; inputs are rounded where there is an ``input`` format.
 
@@ -200,6 +177,24 @@ class QLinear(nn.Module):
     def kernel(self, x: Tensor) -> Kernel:
         """The kernel that a call with ``x`` runs."""
         return self._choose(self._inner().spec, x)
+
+    @property
+    def only(self) -> Kernel | None:
+        """The kernel that runs every call, where one was set."""
+        return self._only
+
+    def packed(self, x: Float[Tensor, "*batch in"]) -> State | None:
+        """What the kernel for packed weights multiplies ``x`` by, where that and the bias are all that a call does."""
+        inner = self._inner()
+        if inner.entries or self.input is not None or self._choose(inner.spec, x) is not PACKED:
+            return None
+        state: State = self._prepared(PACKED, inner.weight, x)
+        return state
+
+    def holds(self, state: State, bias: Tensor | None) -> bool:
+        """Whether a call still is what ``packed`` said, with this bias, and nobody listens to it."""
+        same = self._states.get("packed") is state and self._parameters.get("bias") is bias
+        return same and not self._forward_hooks and not self._forward_pre_hooks
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if not torch.compiler.is_compiling():

@@ -205,12 +205,16 @@ class Columns:
         if self.end == self.buffers[0].shape[2]:
             self._make_room(self.buffers[0].shape[0], keep, self.buffers)
         for buffer, part in zip(self.buffers, parts, strict=True):
-            buffer[: self.rows, :, self.end] = part[:, :, 0]
+            self._used(buffer).select(2, self.end).copy_(part.select(2, 0))
         self.end += 1
 
     def last(self, width: int) -> tuple[Tensor, ...]:
         """Views of the last columns."""
-        return tuple(buffer[: self.rows, :, self.end - width : self.end] for buffer in self.buffers)
+        first = self.end - width
+        return tuple([self._used(buffer).narrow(2, first, width) for buffer in self.buffers])
+
+    def _used(self, buffer: Tensor) -> Tensor:
+        return buffer if len(buffer) == self.rows else buffer.narrow(0, 0, self.rows)
 
     def _make_room(self, rows: int, end: int, like: tuple[Tensor, ...]) -> None:
         """New buffers whose rows end at ``end``, with columns to grow by a quarter; what no row sees is left behind."""

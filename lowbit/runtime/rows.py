@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from lowbit.arrays import Float, Tensor
 from lowbit.formats.heads import CacheFormat, head_format
+from lowbit.runtime.growing import growing_cache
 from lowbit.runtime.kvcache import KVCache, KVLayer, Store
 from lowbit.runtime.row_stores import row_store
 
@@ -31,7 +32,7 @@ _IN_FULL = CacheFormat("raw", "raw")
 def own_cache(config: PreTrainedConfig, kv: CacheFormat | None) -> Cache:
     """The cache of one request. Raises ModelError for models that keep anything but keys and values."""
     packed = KVCache(config, kv or _IN_FULL)
-    return packed if kv is not None else DynamicCache(config=config)
+    return packed if kv is not None else growing_cache(config)
 
 
 class Rows(Cache):  # type: ignore[misc]
@@ -61,12 +62,14 @@ class Rows(Cache):  # type: ignore[misc]
         self.lengths.pop()
 
     def inputs(self, tokens: list[int], device: torch.device) -> dict[str, Tensor]:
-        """One token a row, with the mask and the positions of all."""
+        """One token a row, with the positions of all, and a mask where rows are of unlike length."""
         longest = max(self.lengths)
         lengths = torch.tensor(self.lengths, device=device)[:, None]
-        mask = torch.arange(longest + 1, device=device)[None] >= longest - lengths
-        ids = torch.tensor(tokens, device=device)[:, None]
-        return {"input_ids": ids, "attention_mask": mask.to(torch.long), "position_ids": lengths}
+        given = {"input_ids": torch.tensor(tokens, device=device)[:, None], "position_ids": lengths}
+        if min(self.lengths) < longest:
+            mask = torch.arange(longest + 1, device=device)[None] >= longest - lengths
+            given["attention_mask"] = mask.to(torch.long)
+        return given
 
     def advance(self) -> None:
         """After a pass: every row has seen one token more."""
@@ -135,7 +138,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key_states: One, value_states: One, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         keys, values = self.stores
-        return keys.update(key_states, self.kept() + 1), values.update(value_states, self.kept() + 1)
+        width = self.kept() + 1
+        return keys.update(key_states, width), values.update(value_states, width)
 
     def parts(self) -> Iterator[Tensor]:
         """Every tensor that is held."""

@@ -10,6 +10,7 @@ from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowbit import _native
 from lowbit.codec.fields import LAYOUTS, pack_bits, unpack_bits
 from lowbit.codec.gguf_blocks import BLOCKS
 from lowbit.formats import pack
@@ -103,3 +104,16 @@ def test_scales_of_k_blocks_are_the_six_bits_that_gguf_means() -> None:
     values = dequantize(block, GGMLQuantizationType.Q4_K).reshape(8, 32)
     names = [part.name for part in layout.parts]
     np.testing.assert_array_equal(layout.split(block.reshape(-1))[names.index("scales")], values[:, 0])
+
+
+def test_fields_of_unlike_lengths_are_not_joined() -> None:
+    byte, word = np.zeros(16, np.uint8), np.zeros(8, np.uint16)
+    for call in (
+        lambda: _native.join_bf16(byte, byte, word),
+        lambda: _native.join_fp16(byte[:8], byte, word),
+        lambda: _native.join_fp32(byte, byte, byte, byte[:15], np.zeros(16, np.uint32)),
+        lambda: _native.pack_bits(byte, byte[:5], 3),
+        lambda: _native.pack_bits(byte, byte, 8),
+    ):
+        with pytest.raises(ValueError, match="not of one length"):
+            call()

@@ -17,14 +17,14 @@ from lowbit.formats.pack import Codes
 from lowbit.formats.presets import preset
 from lowbit.formats.qtensor import Affine, Lookup, QTensor, Raw
 from lowbit.runtime.kernels import REFERENCE, choose
-from lowbit.runtime.kernels.packed import FEW_TOKENS, PACKED
+from lowbit.runtime.kernels.packed import FEW_TOKENS, PACKED, together
 from lowbit.runtime.linear import QLinear
 
 FORMATS = [
     "int2-g16", "int3-g32", "int4-g64", "int4-g48", "int4-row-sym", "int4-tensor", "int5-g64", "int6-g32-sym",
     "int7-row", "int8-g32", "int4-g64-z16",
     "nf4", "nf4-dq", "fp4", "mxfp4", "nvfp4", "fp8-e4m3", "fp6-e3m2-g32", "quantile3-g64",
-    "q4_0", "q4_1", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q6_k",
+    "q4_0", "q4_1", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q6_k", "float16", "bfloat16",
 ]  # fmt: skip
 SHAPES = [(41, 208), (9, 100), (1, 7)]
 
@@ -37,7 +37,11 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def quantized(name: str, shape: tuple[int, int]) -> QTensor:
     """Weights with a shift, so that zeros matter."""
-    fmt, W = preset(name), torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.02
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.02
+    if name in ("float16", "bfloat16"):
+        W[0, 0] = 2.0**-24 if name == "float16" else 2.0**-130  # no normal numbers
+        return Raw.of(W.to(getattr(torch, name)))
+    fmt = preset(name)
     return fmt.encode(W, fmt.fit(W))
 
 
@@ -70,6 +74,18 @@ def test_threads_do_not_change_a_bit(isa: str, monkeypatch: pytest.MonkeyPatch) 
     alone = product(x, q)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(product(x, q), alone)
+
+
+def test_weights_of_one_input_are_multiplied_together_as_alone(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four-bit codes meet their inputs in another order than others do."""
+    qs = [quantized(name, (rows, 208)) for name, rows in (("q4_0", 41), ("float16", 7), ("int4-row-sym", 150))]
+    states = [PACKED.prepare(q, torch.float32) for q in qs]
+    x = inputs(3, 208).view(3, 1, 208)
+    alone = [product(x, q) for q in qs]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    found = together(x, states)
+    assert [y.shape for y in found] == [(3, 1, 41), (3, 1, 7), (3, 1, 150)]
+    assert all(map(torch.equal, found, alone))
 
 
 def test_what_lies_behind_a_ragged_row_is_not_multiplied(isa: str) -> None:
@@ -127,15 +143,24 @@ def test_codes_stay_where_they_are() -> None:
 def test_sizes_that_disagree_are_refused_before_memory_is_read() -> None:
     codes, scale, table = torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 2), torch.zeros(16)
     good: tuple[Any, ...] = (codes, 64, 4, 32, scale, None, None, table)
-    made = _native.Packed(*good)
+    made_of: Any = _native.Packed
+    made = made_of(*good)
     for at, wrong in (
         (1, 66), (1, 0), (2, 5), (2, 0), (3, 24), (3, 0), (4, scale[:7].clone()), (4, scale.double()),
         (5, torch.ones(8, 3)), (6, torch.ones(2, 2)), (7, table[:15].clone()),
     ):  # fmt: skip
         with pytest.raises(ValueError):  # noqa: PT011 - each has its own words
-            _native.Packed(*good[:at], wrong, *good[at + 1 :])
-    with pytest.raises(ValueError, match="tokens"):
-        made.multiply(torch.ones(2, 32).numpy(), torch.empty(2, 8).numpy(), 1)
+            made_of(*good[:at], wrong, *good[at + 1 :])
+    x, y = torch.ones(2, 64), torch.empty(2, 8)
+    other = _native.Packed(codes[:, :16].contiguous(), 32, 4, 32, torch.ones(8, 1), None, None, table)
+    for natives, inputs, outputs in (
+        ((made,), 64 + 32, 8), ((made,), 128, 15), ((made, other), 128, 32), ((), 128, 16), ((made, made), 128, 16),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"x is|y is|columns|bias"):
+            _native.packed_multiply(natives, (0,) * len(natives), x.data_ptr(), inputs, y.data_ptr(), outputs, 1)
+    for data in (torch.ones(2, 8), torch.ones(2, 8, dtype=torch.int16), torch.ones(2, 0, dtype=torch.float16)):
+        with pytest.raises(ValueError, match=r"float16 or bfloat16|no columns"):
+            _native.Packed(data)
     with pytest.raises(ValueError, match="rows"):
         made.decode(7, torch.empty(2, 64).numpy(), 1)
 

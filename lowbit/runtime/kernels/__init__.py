@@ -124,7 +124,7 @@ def usable() -> list[tuple[str, bool, str]]:
     return [
         (INT8.name, works(), f"int8-row-sym weights, columns in multiples of 16, {few}"),
         (INT4.name, works(), f"int4 in groups of 32, 64, 128 or 256, {few}"),
-        (PACKED.name, True, f"1 to 8 bits, groups of multiples of 16, on the CPU with {_native.isa()}"),
+        (PACKED.name, True, f"1 to 8 bits in groups of multiples of 16, and 16, on the CPU with {_native.isa()}"),
         (CODED.name, True, f"entropy-coded weights on the CPU, decoded with {_native.isa()} as they are multiplied"),
         (REFERENCE.name, True, "everything else: decode at every call"),
         (DENSE.name, True, "on request, and in scoring: decode once"),

@@ -1,13 +1,16 @@
-"""Packed weights on a CPU: codes of 1 to 8 bits, unpacked in registers as they are multiplied (``native/packed*``).
+"""Packed weights on a CPU: codes of 1 to 8 bits, and 16-bit numbers, made float32 in registers (``native/packed*``).
 
 What a call reads is the stored codes and scales, once for all its tokens. A weight becomes the very float32 that plain
 decoding gives; inputs and sums are float32 too, and a token's output does not depend on how many others the call has,
 up to ``FEW_TOKENS``. Beyond, panels of rows are decoded into a buffer that stays in cache and multiplied by torch.
+Several weights of one input are multiplied in one call (:func:`together`).
 """
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +48,7 @@ class State:
 
 @dataclass(frozen=True)
 class Packed:
-    """Integers, with zeros or least values or without, and tables; a scale a group, row or tensor."""
+    """Integers, with zeros or least values or without, and tables; a scale a group, row or tensor; 16-bit numbers."""
 
     name: str = "packed"
     prepared: bool = True
@@ -58,6 +61,8 @@ class Packed:
 
     def prepare(self, q: QTensor, dtype: torch.dtype) -> State:
         """Cost: decoding the scales where they are coded themselves; codes stay where they are."""
+        if isinstance(q, Raw):
+            return halves(q.data, dtype)
         assert isinstance(q, Affine | Offset | Lookup)
         rows, columns = q.shape
         group = q.block.within_row(columns)
@@ -83,16 +88,34 @@ class Packed:
         return State(dtype, codes.device, (rows, columns), native)
 
     def run(self, x: Float[Tensor, "*batch in"], state: State) -> Float[Tensor, "*batch out"]:
-        flat = x.reshape(-1, x.shape[-1])
-        y = _few(flat, state) if flat.shape[0] <= FEW_TOKENS else _many(flat, state)
-        return y.view(*x.shape[:-1], state.shape[0])
+        if x.numel() <= FEW_TOKENS * state.shape[1]:
+            return together(x, (state,))[0]
+        return _many(x.reshape(-1, x.shape[-1]), state).view(*x.shape[:-1], state.shape[0])
 
 
-def _few(x: Float[Tensor, "tokens in"], s: State) -> Float[Tensor, "tokens out"]:
-    inputs = x.to(torch.float32).contiguous()
-    y = inputs.new_empty(x.shape[0], s.shape[0])
-    s.native.multiply(inputs.numpy(), y.numpy(), torch.get_num_threads())
-    return y.to(x.dtype)
+def halves(weight: Float[Tensor, "out in"], dtype: torch.dtype) -> State:
+    """A weight of float16 or bfloat16 as it is, for inputs of ``dtype``."""
+    data = weight.detach().contiguous()
+    return State(dtype, data.device, (data.shape[0], data.shape[1]), _native.Packed(data))
+
+
+def together(x: Float[Tensor, "*batch in"], states: Sequence[State]) -> list[Float[Tensor, "*batch _out"]]:
+    """The products of one input of at most ``FEW_TOKENS`` with several weights, in one parallel region.
+
+    Each is to the bit what it is alone.
+    """
+    inputs = x if x.dtype is torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
+    lead = x.shape[:-1]
+    tokens = math.prod(lead)
+    sizes = [tokens * state.shape[0] for state in states]
+    y = torch.empty(sum(sizes), dtype=torch.float32)
+    natives, none = tuple([state.native for state in states]), (0,) * len(states)
+    _native.packed_multiply(
+        natives, none, inputs.data_ptr(), inputs.numel(), y.data_ptr(), y.numel(), torch.get_num_threads()
+    )
+    y = y if x.dtype is torch.float32 else y.to(x.dtype)
+    parts = (y,) if len(states) == 1 else torch.split_with_sizes(y, sizes)
+    return [part.view(*lead, state.shape[0]) for part, state in zip(parts, states, strict=True)]
 
 
 def _many(x: Float[Tensor, "tokens in"], s: State) -> Float[Tensor, "tokens out"]:
@@ -120,6 +143,9 @@ def _buffer(numbers: int) -> Float[Tensor, "numbers"]:
 
 
 def _fits(spec: Spec) -> bool:
+    data = spec.leaf("data")
+    if spec.node == "Raw" and data is not None:
+        return data.dtype in ("float16", "bfloat16") and data.shape == spec.shape and len(spec.shape) == 2
     codes = spec.leaf("codes")
     if spec.node not in ("Affine", "Offset", "Lookup") or codes is None or not bits_for(codes.levels or 2):
         return False

@@ -15,6 +15,7 @@ import json
 import math
 import pydoc
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,16 @@ from transformers.utils import logging
 
 import lowbit
 from lowbit.arrays import Tensor
+from lowbit.calibration import cards
 from lowbit.calibration import text as texts
-from lowbit.calibration.stats import Moments
+from lowbit.calibration.stats import Gram, Moments
 from lowbit.evaluation import protocol
 from lowbit.evaluation.metrics.base import Tokens
 from lowbit.evaluation.scorer import Scorer
 from lowbit.evaluation.statistics import cluster_ratio, paired_mean
 from lowbit.formats.presets import preset
 from lowbit.models.resolve import open_model
-from lowbit.pipeline.recipe import parse
+from lowbit.pipeline.recipe import parse, with_calibration
 from lowbit.runtime.facade import use_kernels
 from lowbit.study.stages import make
 
@@ -46,6 +48,7 @@ class Subject:
         self.root, self.name = root, root.name
         self.source = open_model(str(root))
         read = texts.read(arguments.text, "evaluation")
+        self.text = read.content
         ids = texts.encode(read, self.source.tokenizer)
         cut = protocol.parse(f"windows-{arguments.length}")
         self.windows = cut.cut(ids, arguments.windows, read.name, read.digest)
@@ -54,17 +57,28 @@ class Subject:
         self.reference = Scorer(self.original(), self.source.digest).reference(self.windows)
         self.nll = float(self.reference.tokens.nll.mean())
 
-    def original(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.root, dtype=torch.float32)
+    def original(self, gain: float = 1.0) -> Any:
+        """The model; with ``gain``, six channels of every norm of a LLaMA are so much larger, and weights smaller."""
+        model = AutoModelForCausalLM.from_pretrained(self.root, dtype=torch.float32)
+        for layer in model.model.layers if gain != 1 else []:
+            heads, mlp, chosen = layer.self_attn, layer.mlp, torch.arange(6) * 17
+            for norm, readers in (
+                (layer.input_layernorm, (heads.q_proj, heads.k_proj, heads.v_proj)),
+                (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+            ):
+                norm.weight.data[chosen] *= gain
+                for reader in readers:
+                    reader.weight.data[:, chosen] /= gain
+        return model
 
-    def quantized(self, recipe: str, calibration: Tensor | None = None) -> Any:
-        model = self.original()
+    def quantized(self, recipe: str, calibration: Tensor | None = None, gain: float = 1.0) -> Any:
+        model = self.original(gain)
         lowbit.quantize(model, recipe, tokens=self.calibration if calibration is None else calibration)
         use_kernels(model, "dense")
         return model
 
-    def score(self, recipe: str, calibration: Tensor | None = None) -> Tokens:
-        return Scorer(self.quantized(recipe, calibration), recipe).score(self.windows, self.reference)[0]
+    def score(self, recipe: str, calibration: Tensor | None = None, gain: float = 1.0) -> Tokens:
+        return Scorer(self.quantized(recipe, calibration, gain), recipe).score(self.windows, self.reference)[0]
 
     def bits(self, recipe: str) -> float:
         """Of the whole model, with what stays in 16 bit, from the files."""
@@ -85,6 +99,45 @@ def ladder(s: Subject) -> None:
     for fmt in ("int8-g128", "int4-g128", "int3-g128", "int8-g64", "int6-g64", "int4-g64", "int3-g64", "int2-g64"):
         tokens = s.score(f"rtn:{fmt}")
         say(s, "ladder", recipe=fmt, nll=s.nll + loss(tokens)[0], bits=s.bits(f"rtn:{fmt}"), loss=loss(tokens))
+
+
+def injected(s: Subject) -> None:
+    """A17.14: loss at 3 bits where channels stand out, by plain rounding and by what knows of them."""
+    for recipe in ("rtn:int3-g64", "awq+rtn:int3-g64", "outliers:int3-g64,share=1.0"):
+        found = loss(s.score(recipe, gain=32.0))
+        say(s, "injected", recipe=recipe, loss=found, relative=[value / s.nll for value in found])
+
+
+def propagation(s: Subject) -> None:
+    """What it costs, and saves, to calibrate GPTQ on what the original computes: its statistics can then be shared."""
+    with tempfile.TemporaryDirectory() as folder:
+        text, card = Path(folder) / "tail.txt", Path(folder) / "card"
+        text.write_text(s.text[-400_000:], encoding="utf-8")
+        settings = {"text": str(text), "samples": 32, "length": 256}
+        started = time.process_time()
+        tokens = texts.sample(texts.read(str(text), "calibration"), s.source.tokenizer, 32, 256, 0)
+        cards.make(card, s.source, tokens, kinds={Gram})
+        say(s, "propagation", recipe="card", cpu_s=time.process_time() - started, bytes=card.stat().st_size)
+        for fmt in ("int4-g64", "int3-g64"):
+            recipe = with_calibration(parse(f"gptq:{fmt}"), **settings)
+            scored, seconds = [], []
+            for i, known in enumerate((None, card)):
+                out = Path(folder) / f"{fmt}-{i}"
+                made = make(open_model(str(s.root)), recipe, out, torch.float32, lambda *_: None, card=known)
+                model = lowbit.load(out, dtype=torch.float32, kernels="dense")
+                scored.append(Scorer(model, made["digest"]).score(s.windows, s.reference)[0])
+                seconds.append(made["cpu_seconds"])
+            default, original = scored
+            say(s, "propagation", recipe=fmt, cpu_s=seconds,
+                kl=[list(paired_mean(t.kl.astype(np.float64), t.chunk)[:3]) for t in scored],
+                ratio=list(cluster_ratio(original.kl.astype(np.float64), default.kl, default.chunk)[:3]))  # fmt: skip
+
+
+def gguf(s: Subject) -> None:
+    """A17.12: KL by block type."""
+    for fmt in ("q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "q5_0", "q4_0"):
+        kl = s.score(f"rtn:{fmt}").kl.astype(np.float64)
+        say(s, "gguf", recipe=fmt, kl=list(paired_mean(kl, s.reference.tokens.chunk)[:3]))
 
 
 def recovery(s: Subject) -> None:
@@ -207,7 +260,22 @@ def proxy(s: Subject) -> None:
 
 
 CHECKS: dict[str, Callable[[Subject], None]] = {
-    f.__name__: f for f in (ladder, recovery, router, kurtosis, temperature, agreement, sizes, shift, prefix, proxy)
+    f.__name__: f
+    for f in (
+        ladder,
+        injected,
+        propagation,
+        gguf,
+        recovery,
+        router,
+        kurtosis,
+        temperature,
+        agreement,
+        sizes,
+        shift,
+        prefix,
+        proxy,
+    )
 }
 
 

@@ -5,8 +5,8 @@
 Three kinds of mutants of small coded files, in turn: bytes flipped, cut and copied anywhere; stored bytes altered under
 checksums that agree (so that the coder's native decoder sees them); values of the table replaced under checksums that
 agree. A mutant must be read, or refused with CheckpointError, within a second and 256 MB. The seed of the mutant under
-test is in ``--last``, which survives a crash of the process. Runs with atheris (coverage-guided, first kind only) when
-given ``--atheris`` where that is installed.
+test is in ``--last``, which survives a crash of the process. ``--atheris FOLDER``, where atheris is installed, lets the
+coverage of ``lowbit.codec`` guide mutations of header and data, under checksums that agree.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -179,26 +180,75 @@ def run(seconds: float, first: int, last: Path) -> Counter[str]:
     return found
 
 
-def with_atheris(seconds: float) -> None:
-    """Coverage-guided mutation of whole files; only what the checksums let through goes deep."""
+def with_atheris(seconds: float, folder: Path) -> None:
+    """Coverage of lowbit.codec guides what is mutated: the JSON of the header and the data, checksums made right again.
+
+    Does not return: libFuzzer ends the process. ``folder`` keeps the corpus it has grown, and inputs that fail.
+    """
     import atheris
 
-    folder = Path(tempfile.mkdtemp())
+    for function in _functions("lowbit.codec"):
+        atheris.instrument_func(function)
     corpus = folder / "corpus"
-    corpus.mkdir()
-    for i, whole in enumerate(seeds(folder)):
-        (corpus / str(i)).write_bytes(whole)
+    corpus.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as name:
+        for i, whole in enumerate(seeds(Path(name))):
+            table, data = split(whole)
+            coded = json.loads(table["__metadata__"].pop(CODED))
+            (corpus / f"seed-{i}").write_bytes(_BETWEEN.join([_json(table), _json(coded), bytes(data)]))
+    words = folder / "words"
+    words.write_text("".join(f'"{word}"\n' for word in _WORDS))
     path = folder / "mutant.safetensors"
 
     def one(data: bytes) -> None:
-        path.write_bytes(data)
+        path.write_bytes(assembled(data))
         outcome = check(path)
         if outcome not in ("read", "refused"):
             raise RuntimeError(outcome)
 
-    atheris.instrument_all()
-    atheris.Setup([sys.argv[0], str(corpus), f"-max_total_time={int(seconds)}", "-max_len=65536"], one)
+    limits = [f"-max_total_time={int(seconds)}", "-max_len=250000", "-timeout=5", "-rss_limit_mb=3000"]
+    options = [f"-dict={words}", f"-artifact_prefix={folder}/", "-print_final_stats=1"]
+    atheris.Setup([sys.argv[0], str(corpus), *limits, *options], one)
     atheris.Fuzz()
+
+
+def assembled(data: bytes) -> bytes:
+    """The file that a fuzzer's input stands for: two JSON texts and data; anything else is a file as it is."""
+    parts = data.split(_BETWEEN, 2)
+    try:
+        table, coded = json.loads(parts[0]), json.loads(parts[1])
+        held = parts[2]
+        for name in [*coded["tensors"], "lowbit.rest"]:
+            begin, end = table[name]["data_offsets"]
+            if name == "lowbit.rest":
+                coded["rest"][1] = crc32c(held[begin:end])
+            else:
+                coded["tensors"][name]["crc"] = crc32c(held[begin:end])
+        return join(table, coded, held)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return data
+
+
+def _functions(package: str) -> list[FunctionType]:
+    """The functions and methods of a package's modules."""
+    modules = [m for name, m in sorted(sys.modules.items()) if name.startswith(f"{package}.")]
+    found = []
+    for module in modules:
+        own = [v for v in vars(module).values() if getattr(v, "__module__", None) == module.__name__]
+        held = [*own, *(v for c in own if isinstance(c, type) for v in vars(c).values())]
+        found += [f for f in held if isinstance(f, FunctionType) and f.__code__.co_filename == module.__file__]
+    return found
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+_BETWEEN = b"\n"  # JSON without spaces has none
+_WORDS = (
+    "raw", "tans", "ranked", "constant", "bytes", "bf16", "fp16", "fp32", "int8", "packed-4", "planes-2", "trits", "U8",
+    "BF16", "F32", "data_offsets", "shape", "fields", "layout", "4096", "4294967296", "null", "-1",
+)  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -206,11 +256,11 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--last", type=Path, default=Path(tempfile.gettempdir()) / "fuzz-container-seed")
-    parser.add_argument("--atheris", action="store_true")
+    parser.add_argument("--atheris", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.atheris:
-        with_atheris(arguments.seconds)
+        with_atheris(arguments.seconds, arguments.atheris)
     else:
         counts = run(arguments.seconds, arguments.seed, arguments.last)
         print(f"{sum(v for k, v in counts.items() if k != 'slow')} executions: {dict(sorted(counts.items()))}")

@@ -17,7 +17,7 @@ import tempfile
 RECIPES = [
     "rtn:int4-g64", "hqq:int4-g64-z16", "gptq:int4-g64", "awq+rtn:int4-g64", "awq+clip+gptq:int4-g64",
     "smoothquant+rtn:int8-row-sym+a:int8-token",
-    "rotate+gptq:int4-g64", "qllm+rtn:int4-g64", "lowrank:int4-g64,rank=16", "outliers:int3-g64,share=1.0",
+    "rotate+gptq:int4-g64", "qllm+rtn:int4-g64+a:int8-token", "lowrank:int4-g64,rank=16", "outliers:int3-g64,share=1.0",
     "llmint8:int8-row-sym", "tune:int4-g64,steps=0", "tune:int4-g64,steps=4", "gptq:ec3",
 ]  # fmt: skip
 

@@ -2,12 +2,16 @@
 
     python benchmarks/streaming.py make FOLDER    # random weights: 24 LLaMA blocks, bf16 (4.1 GB) and int4 (1.1 GB)
     python benchmarks/streaming.py run FOLDER     # shares 1, 0.8, 0.5, 0.1, and the peers; a JSON line each
+    python benchmarks/streaming.py compare FOLDER --memory 1400MiB    # lowbit compare in so much memory, and without
 
 Every measurement is a process of its own in a cgroup (v1, needs root) whose memory.limit_in_bytes is what the model is
 told it may hold: RLIMIT_AS and RLIMIT_DATA do not count the page cache, so that a file smaller than the machine's
 memory would never be read twice. Tc is a pass with everything resident, B a direct read of the model's own files, both
 in the same run. `mmap` is the same model and kernels with its weights mapped from the files, as llama.cpp has them;
 `accelerate` is transformers with all blocks offloaded to disk, in bf16. Values are random: they do not change speed.
+
+`compare` scores both checkpoints, first with --memory in a cgroup that allows just that, then in memory, and says how
+far apart their numbers are.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -34,19 +39,24 @@ _PEERS = (("mmap", 0.8), ("mmap", 0.5), ("accelerate", 0.5))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["make", "run", "one"])
+    parser.add_argument("command", choices=["make", "run", "one", "compare"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shares", type=float, nargs="*", default=[1.0, 0.8, 0.5, 0.1])
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--how", choices=["lowbit", "mmap", "accelerate"], default="lowbit")
     parser.add_argument("--share", type=float)
+    parser.add_argument("--memory", default="1400MiB")
+    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     a = parser.parse_args()
     if a.command == "make":
         make(a.folder)
     elif a.command == "one":
         print(json.dumps(measure(a)))
+    elif a.command == "compare":
+        compare(a)
     else:
         run(a)
 
@@ -92,6 +102,52 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         "limit": int((group / "memory.limit_in_bytes").read_text()),
         "most_held": int((group / "memory.max_usage_in_bytes").read_text()),
         "rss": _rss(), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def compare(a: argparse.Namespace) -> None:
+    """Three cells each: the bf16 original, itself again with another batch, and int4 beside it."""
+    from lowbit.evaluation.evidence import read_tokens
+    from lowbit.pipeline.allocate import size
+
+    found = {}
+    for memory in (a.memory, None):
+        with tempfile.TemporaryDirectory() as name:
+            store = Path(name)
+            command = [sys.executable, "-m", "lowbit.cli", "compare", str(a.folder / "bf16"), str(a.folder / "int4")]
+            command += ["--windows", str(a.windows), "--protocol", f"windows-{a.length}", "--store", name, "--json"]
+            command += [] if memory is None else ["--memory", memory]
+            told = _held(command, None if memory is None else size(memory), a.folder)
+            scores = {path.parent.name: read_tokens(path.parent)[0] for path in store.rglob("tokens.parquet")}
+        found[memory] = sorted(scores.values(), key=lambda tokens: float(tokens.kl.mean()))
+        print(json.dumps({"memory": memory, **told}), flush=True)
+    apart = {name: 0.0 for name in found[None][0].columns()}
+    for ours, theirs in zip(found[a.memory], found[None], strict=True):
+        for name, column in theirs.columns().items():
+            apart[name] = max(apart[name], float(abs(ours.columns()[name] - column).max()))
+    print(json.dumps({"kl": [float(t.kl.mean()) for t in found[None]], "furthest_apart": apart}))
+
+
+def _held(command: list[str], limit: int | None, folder: Path) -> dict[str, Any]:
+    """Run a command in a cgroup of its own; what it held and read."""
+    group = _group()
+    if limit is not None:
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+    _drop_cache(folder)
+    started, most = time.perf_counter(), 0
+    join = ["sh", "-c", f'echo $$ > {group}/tasks; exec "$@"', "sh", *command]
+    process = subprocess.Popen(join, stdout=subprocess.DEVNULL)
+    done, status = 0, 0
+    while not done:
+        done, status, used = os.wait4(process.pid, os.WNOHANG)
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        most = max(most, int(stat["rss"]))
+        time.sleep(0.05)
+    return {
+        "status": status, "seconds": round(time.perf_counter() - started, 1), "limit": limit, "most_rss": most,
+        "most_resident_with_mapped_files": used.ru_maxrss * 1024, "read": used.ru_inblock * 512,
+        "most_in_cgroup": int((group / "memory.max_usage_in_bytes").read_text()),
+        "over_limit": int((group / "memory.failcnt").read_text()),
     }  # fmt: skip
 
 
@@ -178,6 +234,7 @@ def make(folder: Path) -> None:
     dense = folder / "bf16"
     dense.mkdir(parents=True)
     LlamaConfig(**SHAPE, tie_word_embeddings=False, architectures=["LlamaForCausalLM"]).save_pretrained(dense)
+    _bytes_as_tokens().save_pretrained(dense)
     d, f, v = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["vocab_size"]
     shapes = {f"self_attn.{n}_proj": (d, d) for n in "qkvo"} | {
         "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f),
@@ -202,15 +259,28 @@ def make(folder: Path) -> None:
         for block in source.blocks:
             named = {f"{block}.{n}": q for n, q in codes.items()}
             sink.write(block, source.skeleton.get_submodule(block), Finished(named, {}, {}))
-        sink.finish({})
+        sink.finish({"seconds": 0.0, "cpu_seconds": 0.0, "resumed": False})
+
+
+def _bytes_as_tokens() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
 
 
 def _enter() -> Path:
-    CGROUP.mkdir(exist_ok=True)
-    group = CGROUP / str(os.getpid())
-    group.mkdir()
+    group = _group()
     (group / "tasks").write_text(str(os.getpid()))
     return group
+
+
+def _group() -> Path:
+    CGROUP.mkdir(exist_ok=True)
+    return Path(tempfile.mkdtemp(dir=CGROUP))
 
 
 def _drop_cache(folder: Path) -> None:

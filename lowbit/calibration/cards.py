@@ -43,7 +43,8 @@ _FIELDS: dict[type[Stat], tuple[str, ...]] = {
     AbsMax: ("value",), AbsMean: ("_sum",), Moments: ("_sums", "_square", "absmax"), Range: ("low", "high"),
     Gram: ("_upper",), Reservoir: ("_keys", "_rows"),
 }  # fmt: skip
-_KINDS = {kind.__name__: kind for kind in _FIELDS}
+KINDS = {kind.__name__: kind for kind in _FIELDS}
+"""All that a card can hold, by name."""
 _SIGNED = ("_sums", "_upper", "low", "high", "_rows")
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -107,7 +108,7 @@ class Card:
     @property
     def kinds(self) -> frozenset[type[Stat]]:
         """The kinds of statistics that it holds."""
-        return frozenset(_KINDS[name] for name in self._header.kinds)
+        return frozenset(KINDS[name] for name in self._header.kinds)
 
     def stats(self, site: str) -> Stats:
         """The statistics of a site's input, as new objects; reads as many bytes as they take.
@@ -122,7 +123,7 @@ class Card:
         values: dict[type[Stat], Stat] = {}
         with _opened(self.path) as file:
             for name in self._header.kinds:
-                kind = _KINDS[name]
+                kind = KINDS[name]
                 values[kind] = stat = kind(entry.width)
                 stat.tokens = entry.tokens
                 for field in _FIELDS[kind]:
@@ -160,7 +161,7 @@ def make(
     ordered = sorted(set(kinds), key=lambda kind: kind.__name__)
     if not ordered or any(kind not in _FIELDS for kind in ordered):
         names = ", ".join(kind.__name__ for kind in ordered) or "nothing"
-        raise CalibrationError(f"a card cannot hold {names}", where=str(path), fix=f"some of {', '.join(_KINDS)}")
+        raise CalibrationError(f"a card cannot hold {names}", where=str(path), fix=f"some of {', '.join(KINDS)}")
     stream = Stream(source, dtype, device)
     hidden = [stream.embed(part) for part in tokens.ids.split(batch)]
     stream.close()
@@ -227,7 +228,7 @@ def read(path: Path) -> Card:
             f"{seen.sites[0]}.{name}.{field}": blank
             for seen in header.inputs
             for name in header.kinds
-            for field, blank in _blank(_KINDS[name], seen).items()
+            for field, blank in _blank(KINDS[name], seen).items()
         }
         if set(expected) != set(file.keys()) or set(expected) != set(header.sha256):
             raise CalibrationError(f"does not hold the tensors that {_ENTRY} says", where=str(path))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lowbit.cli.options import Dtype, Jobs, Json, Model, StoreFolder, Style, Text, emit, quiet, say
+from lowbit.cli.options import Dtype, Jobs, Json, Model, StoreFolder, Style, Text, quiet, say
 
 TOKENS = "kl"  # among the tasks: the comparison token by token as well
 
@@ -50,10 +50,27 @@ def compare(
             "--judge", metavar="URL,MODEL", help="Let a model behind an OpenAI-compatible address judge dialogues."
         ),
     ] = None,
+    analyses: Annotated[
+        str | None,
+        typer.Option(
+            "--analyses",
+            metavar="NAME,NAME",
+            help="What else is read off the same evidence: where, cascades; of tasks confidence, disagreement, "
+            "long_context; of both proxy.",
+        ),
+    ] = None,
     no_floor: Annotated[
         bool, typer.Option("--no-floor", help="Do not run the reference on the tasks a second time.")
     ] = False,
     dtype: Dtype = "auto",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="Hold no more than this, Python included (2GiB): models are read and scored block by block.",
+        ),
+    ] = None,
     report: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Write an HTML report here.")] = None,
     output: Style = "auto",
     store: StoreFolder = None,
@@ -66,59 +83,62 @@ def compare(
     """
     quiet()
     from lowbit import digest
+    from lowbit.cli import tables, task_table
     from lowbit.cli.run import run_grids
-    from lowbit.cli.tables import show_reports
-    from lowbit.study import grid
+    from lowbit.evaluation.tasks import registry
+    from lowbit.study import analyse, grid
+    from lowbit.study.tasks import Settings
+    from lowbit.study.tasks import of_directories as of_tasks
 
     folder = store or digest.cache_folder() / "compare"
-    names = [name.strip() for name in (tasks or TOKENS).split(",") if name.strip()]
-    failed = 0
-    if TOKENS in names:
-        evaluation = {
-            "text": text or "pydoc", "protocol": protocol, "windows": windows, "batch": batch, "dtype": dtype,
-        }  # fmt: skip
-        cells = grid.of_directories(model, candidates, evaluation, say)
-        failed += run_grids(folder, "compare", {"model": model, "candidates": candidates, **evaluation}, [cells], jobs)
-        show_reports(folder, "compare", [cells], "json" if as_json else output, report)
-    if wanted := [name for name in names if name != TOKENS]:
-        from lowbit.study.tasks import Settings
-
+    names, asked = _names(tasks or TOKENS), _names(analyses or "")
+    wanted, judging = [name for name in names if name != TOKENS], _judge(judge)
+    chosen = registry.choose(wanted, data, say) if wanted else []
+    of_tokens = TOKENS in names
+    analyse.require(asked, tokens=of_tokens, candidates=len(candidates), tasks=[one.task for one in chosen])
+    evaluation: dict[str, Any] = {
+        "text": text or "pydoc", "protocol": protocol, "windows": windows, "batch": batch, "dtype": dtype,
+    }  # fmt: skip
+    if memory is not None:
+        evaluation["memory"] = _memory(memory, wanted)
+    cells = grid.of_directories(model, candidates, evaluation, say)
+    if wanted:
         settings = Settings(
             limit, shots, _numbers(lengths), task_batch, dtype, drop_long, allow_code, not no_floor, data
         )
-        failed += _tasks(folder, model, candidates, wanted, data, settings, jobs, as_json, _judge(judge))
+        cells = replace(cells, tasks=of_tasks(model, grid.short_names(candidates, "compare"), chosen, settings, say))
+    spec = {"model": model, "candidates": candidates, "tasks": wanted, **evaluation}
+    name = "compare" if of_tokens else "compare-tasks"
+    failed = run_grids(folder, name, spec, [cells] if of_tokens or cells.tasks is None else [cells.tasks], jobs)
+    judged = _judged(folder, cells.tasks, judging)
+    more = {"judged": {label: asdict(j) for label, j in judged.items()}} if wanted else {}
+    style: tables.Output = "json" if as_json else output
+    if of_tokens:
+        tables.show_reports(folder, name, [cells], style, report, asked, more=more)
+    else:
+        tables.show_answers(folder, name, cells, style, report, asked, more)
+    if not as_json:
+        task_table.show_judged(judged)
     if failed:
         raise typer.Exit(1)
 
 
-def _tasks(
-    folder: Path, model: str, candidates: list[str], names: list[str], data: Path | None, settings: Any, jobs: int,
-    as_json: bool, judge: Any,
-) -> int:  # fmt: skip
-    """Run tasks and print their table; how many cells failed."""
-    from lowbit.cli import task_table
-    from lowbit.cli.run import run_grids
+def _judged(folder: Path, planned: Any, judge: Any) -> dict[str, Any]:
+    """What the judge says of the dialogues of each candidate; nothing without a judge, or without tasks."""
     from lowbit.evaluation import judge as judging
-    from lowbit.evaluation.tasks import registry
-    from lowbit.study import task_table as found_tasks
-    from lowbit.study import tasks
-    from lowbit.study.grid import short_names
     from lowbit.study.store import Store
+    from lowbit.study.task_table import duels
 
-    chosen = registry.choose(names, data, say)
-    planned = tasks.of_directories(model, short_names(candidates, "compare"), chosen, settings, say)
-    spec = {"model": model, "candidates": candidates, "tasks": names}
-    failed = run_grids(folder, "compare-tasks", spec, [planned], jobs)
+    if judge is None or planned is None:
+        return {}
     with Store(folder) as held:
-        found = found_tasks.table(held, planned)
-        pairs = {v.label: found_tasks.duels(held, planned, v) for v in planned.versions} if judge else {}
-    judged = {label: judging.judge(duels, judge.ask) for label, duels in pairs.items() if duels}
-    if as_json:
-        emit(found_tasks.to_json(found) | {"judged": {label: asdict(j) for label, j in judged.items()}})
-    else:
-        task_table.show(found)
-        task_table.show_judged(judged)
-    return failed
+        pairs = {version.label: duels(held, planned, version) for version in planned.versions}
+    return {label: judging.judge(mine, judge.ask) for label, mine in pairs.items() if mine}
+
+
+def _names(text: str) -> list[str]:
+    """The names of a list, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def _judge(text: str | None) -> Any:
@@ -132,6 +152,19 @@ def _judge(text: str | None) -> Any:
     if not comma or not name:
         raise RecipeError(f"{text!r} names no model", where="--judge", fix="http://localhost:8000/v1,MODEL")
     return Judge(url, name)
+
+
+def _memory(text: str, tasks: list[str]) -> int:
+    """Bytes; of tokens alone."""
+    from lowbit.errors import RecipeError
+    from lowbit.pipeline.allocate import size
+
+    if tasks:
+        raise RecipeError(
+            f"--memory goes with tokens alone, not with {', '.join(tasks)}", where="--memory",
+            why="questions are answered by whole models", fix="one of the two",
+        )  # fmt: skip
+    return size(text)
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:

@@ -68,13 +68,19 @@ def plan(
         *(("", line) for line in kept[:_KEPT]),
         *([("", f"... and {len(kept) - _KEPT} more")] if kept[_KEPT:] else []),
         ("calibration", f"{c.samples} windows of {c.length} tokens" if parsed.calibrated else "none needed"),
-        ("memory", f"{size(found.peak)} at peak, Python and its libraries included"),
+        ("memory", f"{size(found.peak)} at peak, Python and its libraries included" + _mapped(found.mapped)),
         ("time", f"{_about(found.seconds)} on this machine, when it is idle"),
         *(("", f"{s.name:<16}{_about(s.seconds):<12}{size(s.memory):>10}") for s in found.stages),
     ]
     print(f"{parsed.line} on {model}")
     for name, value in rows:
         print(f"  {name:<14}{value}".rstrip())
+
+
+def _mapped(nbytes: int) -> str:
+    from lowbit.report.text import size
+
+    return f", {size(nbytes)} of it pages of the model's files, which the system takes back" if nbytes else ""
 
 
 def _about(seconds: float) -> str:

@@ -115,11 +115,8 @@ class Reader:
     def read(self, name: str) -> Bytes:
         """The bytes that the tensor has in the original file. Cost: its stored bytes are read once and checked."""
         entry, stored = self._entry(name), self.stored(name)
-        if entry.layout is None:
-            return stored
-        fields = [Blob(f.codec, stored[f.begin : f.begin + f.length], f.codes) for f in entry.fields]
         with self._naming(name):
-            return decode_tensor(layout(entry.layout), fields)
+            return decoded(entry, stored)
 
     def stored(self, name: str) -> Bytes:
         """The bytes of a tensor as they are stored, checked; its fields lie in them."""
@@ -191,10 +188,7 @@ class Reader:
         return rest
 
     def _checked(self, begin: int, end: int, crc: int) -> Bytes:
-        stored = self._pread(self.begin + begin, end - begin)
-        if crc32c(stored) != crc:
-            raise FormatError("its bytes do not have their checksum")
-        return stored
+        return checked(self._pread(self.begin + begin, end - begin), crc)
 
     def _pread(self, begin: int, size: int) -> Bytes:
         assert self._file is not None  # while it is open
@@ -225,6 +219,24 @@ class Slice:
         return self.reader.get_tensor(self.entry.name)[index]
 
 
+def checked(stored: Bytes, crc: int) -> Bytes:
+    """The bytes themselves; raises FormatError unless they have their checksum."""
+    if crc32c(stored) != crc:
+        raise FormatError("its bytes do not have their checksum")
+    return stored
+
+
+def decoded(entry: Entry, stored: Bytes) -> Bytes:
+    """The bytes of a tensor in the original, from those that are stored; the same array where nothing was coded.
+
+    Raises FormatError for what cannot be decoded.
+    """
+    if entry.layout is None:
+        return stored
+    fields = [Blob(f.codec, stored[f.begin : f.begin + f.length], f.codes) for f in entry.fields]
+    return decode_tensor(layout(entry.layout), fields)
+
+
 def as_tensor(entry: Entry, data: Bytes) -> Tensor:
     """Bytes of a tensor as what its dtype and shape say; those of a dtype that torch lacks as rows of bytes."""
     flat = torch.from_numpy(data)
@@ -241,4 +253,4 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
-__all__ = ["DTYPES", "PAD", "REST", "Reader", "Slice", "as_tensor", "is_coded"]
+__all__ = ["DTYPES", "PAD", "REST", "Reader", "Slice", "as_tensor", "checked", "decoded", "is_coded"]

@@ -14,13 +14,14 @@ from jaxtyping import Bool, Float, Int
 
 from lowbit.errors import EvidenceError
 from lowbit.evaluation.metrics import disagreement
+from lowbit.evaluation.metrics.base import Tokens
 from lowbit.evaluation.metrics.confidence import Answers
 from lowbit.evaluation.metrics.influence import share
 from lowbit.evaluation.statistics import Interval
 
 
 class Gated(NamedTuple):
-    """What a cascade would do on every item."""
+    """What a cascade would do on every item: a question, or a token of a text."""
 
     margin: Float[np.ndarray, " n"]
     """Of the low-bit model: probability of its first choice less that of its second."""
@@ -55,6 +56,20 @@ def accuracy(reference: Answers, candidate: Answers) -> Gated:
     """A cascade that wants right answers."""
     reference.require_paired(candidate)
     return Gated(-disagreement.margin(candidate.p), candidate.correct, reference.correct, reference.cluster)
+
+
+def of_tokens(tokens: Tokens) -> Gated:
+    """A cascade that wants the reference's first choices, token by token, each after the text's own beginning.
+
+    Raises EvidenceError for evidence that does not hold the candidate's margin.
+    """
+    if tokens.margin is None:
+        raise EvidenceError(
+            "the evidence does not hold the candidate's own margin", where="cascade",
+            why="the candidate's margin is what a cascade goes by", fix="score the candidate again",
+        )  # fmt: skip
+    same = (tokens.top1 == tokens.top1_ref).astype(np.float64)
+    return Gated(tokens.margin.astype(np.float64), same, np.ones(len(same)), tokens.cluster)
 
 
 def at(gated: Gated, margin: float, level: float = 0.95) -> Point:

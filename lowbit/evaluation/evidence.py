@@ -1,6 +1,7 @@
 """Evidence on disk: what happened at every scored token, and the reference's hidden states for exact KL.
 
-tokens.parquet         the columns of Tokens, zstd, with the identities of both models and of the text
+tokens.parquet         the columns of Tokens, zstd, with the identities of both models and of the text, and the schema:
+                       2 holds the candidate's margin, 1 (files that name none) does not
 reference.safetensors  the reference's final hidden states at every scored position, and its head
 """
 
@@ -24,7 +25,8 @@ from lowbit.evaluation.head import Head
 from lowbit.evaluation.metrics.base import Tokens
 
 TOKENS, REFERENCE = "tokens.parquet", "reference.safetensors"
-_METADATA = b"lowbit"
+SCHEMA = 2
+_METADATA, _SCHEMA = b"lowbit", b"lowbit.schema"
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,27 @@ class Reference:
 
 def write_tokens(folder: Path, tokens: Tokens, provenance: Provenance) -> None:
     table = pa.table(dict(tokens.columns()))
-    metadata = {_METADATA: json.dumps(asdict(provenance)).encode()}
+    schema = 1 if tokens.margin is None else SCHEMA
+    metadata = {_METADATA: json.dumps(asdict(provenance)).encode(), _SCHEMA: str(schema).encode()}
     pq.write_table(table.replace_schema_metadata(metadata), folder / TOKENS, compression="zstd")
 
 
 def read_tokens(folder: Path) -> tuple[Tokens, Provenance]:
-    """Raises EvidenceError for a file that is not such evidence."""
+    """Raises EvidenceError for a file that is not such evidence, or of a schema that is not known."""
     try:
         table = pq.read_table(folder / TOKENS)
-        provenance = Provenance(**json.loads((table.schema.metadata or {})[_METADATA]))
-        return Tokens.of({name: table[name].to_numpy() for name in table.column_names}), provenance
-    except (OSError, pa.ArrowInvalid, KeyError, TypeError, json.JSONDecodeError) as error:
+        metadata = table.schema.metadata or {}
+        provenance, schema = Provenance(**json.loads(metadata[_METADATA])), int(metadata.get(_SCHEMA, b"1"))
+        columns = {name: table[name].to_numpy() for name in table.column_names}
+        if not 1 <= schema <= SCHEMA:
+            raise EvidenceError(
+                f"schema {schema}, and this version reads up to {SCHEMA}", where=str(folder / TOKENS),
+                fix="the version of lowbit that wrote it, or score again",
+            )  # fmt: skip
+        if (schema >= 2) != ("margin" in columns):
+            raise KeyError(f"schema {schema} {'with' if 'margin' in columns else 'without'} a margin")
+        return Tokens.of(columns), provenance
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
         raise EvidenceError(f"is no token evidence: {error}", where=str(folder / TOKENS)) from error
 
 
@@ -106,5 +118,5 @@ def read_reference(folder: Path) -> Reference:
 def empty_columns(n: int) -> dict[str, Tensor]:
     """Columns of ``Tokens`` to be filled."""
     integers = ("doc", "chunk", "pos", "token", "top1", "top1_ref")
-    floats = ("nll", "nll_ref", "kl", "margin_ref", "top1_p", "entropy_ref")
+    floats = ("nll", "nll_ref", "kl", "margin_ref", "top1_p", "entropy_ref", "margin")
     return {c: torch.zeros(n, dtype=torch.int32) for c in integers} | {c: torch.zeros(n) for c in floats}

@@ -13,7 +13,10 @@ from lowbit.arrays import Float, Int, Tensor
 from lowbit.errors import ModelError
 from lowbit.formats.heads import CacheFormat
 from lowbit.models.source import Source
+from lowbit.models.stream import Stream
 from lowbit.runtime.kvcache import KVCache
+
+_SAMPLE = 8  # positions on which a head is checked
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,12 @@ class Head:
             logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
-    def to(self, device: torch.device) -> Head:
-        """The same head on a device."""
-        bias = None if self.bias is None else self.bias.to(device)
-        return replace(self, weight=self.weight.to(device), bias=bias)
+    def beside(self, other: Head) -> Head:
+        """The same head on the other's device; where both have the same weights, in the same memory."""
+        weight = self.weight.to(other.weight.device)
+        if weight.dtype == other.weight.dtype and torch.equal(weight, other.weight):
+            weight = other.weight
+        return replace(self, weight=weight, bias=None if self.bias is None else self.bias.to(weight.device))
 
     @classmethod
     def unchecked(cls, model: PreTrainedModel) -> Head:
@@ -62,12 +67,33 @@ class Head:
         with torch.inference_mode():
             own = model(input_ids=sample, use_cache=False).logits.to(torch.float32)
             ours = head(final_hidden(model, sample).flatten(0, 1)).view(own.shape)
-        if float((own - ours).abs().max()) > 1e-2 * float(own.abs().max().clamp_min(1.0)):
-            raise ModelError(
-                "its logits are not a linear map of its final hidden states", where=type(model).__name__,
-                why="exact KL is computed from stored hidden states", fix="open an issue with the model's name",
-            )  # fmt: skip
+        _require_linear(own, ours, type(model).__name__)
         return head
+
+    @classmethod
+    def of_stream(cls, stream: Stream) -> Head:
+        """The head of a model that is run block by block, checked on random outputs of its last block.
+
+        Raises ModelError like ``of``.
+        """
+        head, source = cls.of_source(stream.source, stream.dtype), stream.source
+        width = source.config.get_text_config(decoder=True).hidden_size
+        hidden = torch.randn(1, _SAMPLE, width, generator=torch.Generator().manual_seed(0)).to(stream.dtype)
+        with torch.inference_mode():
+            own = stream.logits(hidden, head.weight, head.bias).to(torch.float32)
+            ours = head(stream.finish(hidden).flatten(0, 1)).view(own.shape)
+        _require_linear(own, ours, type(source.skeleton).__name__)
+        return head
+
+
+def _require_linear(
+    own: Float[Tensor, "batch length vocab"], ours: Float[Tensor, "batch length vocab"], name: str
+) -> None:
+    if float((own - ours).abs().max()) > 1e-2 * float(own.abs().max().clamp_min(1.0)):
+        raise ModelError(
+            "its logits are not a linear map of its final hidden states", where=name,
+            why="exact KL is computed from stored hidden states", fix="open an issue with the model's name",
+        )  # fmt: skip
 
 
 def _cap_and_scale(config: Any) -> tuple[float | None, float]:

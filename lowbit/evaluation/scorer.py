@@ -5,11 +5,14 @@
     tokens = candidate_scorer.score(windows, reference) # one forward pass a candidate; exact KL
 
 Logits exist for a few positions at a time; everything else about an evaluation is a function of what is returned.
+A model that is never whole in memory is scored by ``by_blocks.BlockScorer``, which differs in where hidden states come
+from and in nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -30,17 +33,13 @@ from lowbit.runtime.linear import QLinear
 ROWS = 128  # positions projected to the vocabulary at a time
 
 
-class Scorer:
-    """A model ready to be scored. ``weights`` is the digest of its bytes; names do not enter its identity.
+class WindowScorer(ABC):
+    """Scores windows of a text; where the model is, and how its hidden states are computed, is left open.
 
-    With ``chunk``, windows are run through the cache, so many tokens at a time; ``kv`` says how keys and values are
-    rounded in it. Raises EvidenceError for a KV format without a chunk, and a chunk below 1.
+    ``structure`` is the model, its weights in memory or not; ``weights`` the digest of their bytes.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, weights: str, *,
-        batch: int = 1, kv: CacheFormat | None = None, chunk: int | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, structure: PreTrainedModel, weights: str, batch: int, kv: CacheFormat | None, chunk: int | None):
         if kv is not None and chunk is None:
             raise EvidenceError(
                 "a KV format without a chunk", where=str(kv), why="in one pass over a window no cache is ever read",
@@ -48,29 +47,56 @@ class Scorer:
             )  # fmt: skip
         if chunk is not None and chunk < 1:
             raise EvidenceError(f"a chunk of {chunk} tokens", fix="chunk=1 runs token by token")
-        self.model, self.weights, self.batch, self.kv, self.chunk = model.eval(), weights, batch, kv, chunk
-        self._checked = False
+        self.structure, self.weights, self.batch, self.kv, self.chunk = structure, weights, batch, kv, chunk
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
 
     @property
     def identity(self) -> str:
         """Digest of all that can change a number: weights, dtype, kernels, attention, device, batch, cache, inputs."""
-        linears = [m for m in self.model.modules() if isinstance(m, QLinear)]
+        return digest.of_value([self.weights, str(self.dtype), self._run()])
+
+    def _run(self) -> list[Any]:
+        linears = [m for m in self.structure.modules() if isinstance(m, QLinear)]
         policies = sorted({m.policy for m in linears})
         rounding = sorted({m.input.format.name for m in linears if m.input is not None})
-        attention = self.model.config._attn_implementation
-        device, dtype = str(self.model.device), str(self.model.dtype)
+        attention = self.structure.config._attn_implementation
         kv = None if self.kv is None else str(self.kv)
-        run = [policies, rounding, attention, device, self.batch, kv, self.chunk, torch.__version__]
-        return digest.of_value([self.weights, dtype, run])
+        return [policies, rounding, attention, self._device, self.batch, kv, self.chunk, torch.__version__]
+
+    @property
+    def words(self) -> Float[Tensor, "vocab d"]:
+        """The matrix of the head; of a model that is not in memory, its shape."""
+        weight: Tensor = self.structure.get_output_embeddings().weight
+        return weight
+
+    @property
+    @abstractmethod
+    def _device(self) -> str: ...
+
+    @abstractmethod
+    def _head(self, sample: Int[Tensor, "length"]) -> Head:
+        """The model's head, checked against the model's own logits."""
+
+    @abstractmethod
+    def _final(self, windows: Windows) -> Iterable[Float[Tensor, "batch length d"]]:
+        """Final hidden states of all windows, ``batch`` at a time, in order."""
+
+    def _place(self, *shape: int) -> Tensor:
+        """Where hidden states are kept."""
+        return torch.empty(shape, dtype=self.dtype)
 
     @torch.inference_mode()
     def reference(self, windows: Windows, on_tokens: Callable[[int], None] = lambda _: None) -> Reference:
         """Score as the reference of a study: its hidden states are kept, KL to itself is zero."""
+        states, columns = self._final(windows), _places(windows)  # before the head: both need not fit at once
         head = self._head(windows.ids[0, :8])
-        columns = _places(windows)
-        hidden = torch.empty(windows.scored, head.weight.shape[1], dtype=self.model.dtype)
+        hidden = self._place(windows.scored, head.weight.shape[1])
         normalizer, scratch = torch.empty(windows.scored), _scratch(head)
-        for rows, h, targets in self._hidden(windows):
+        for rows, h, targets in self._rows(windows, states):
             hidden[rows] = h
             logits = head(h)
             first, weights, total, log_z = _softmax(logits, scratch)
@@ -81,7 +107,7 @@ class Scorer:
             columns["nll"][rows] = columns["nll_ref"][rows] = log_z - target
             columns["top1"][rows] = columns["top1_ref"][rows] = first.to(torch.int32)
             columns["top1_p"][rows] = p_first
-            columns["margin_ref"][rows] = p_first - torch.exp(second - log_z)
+            columns["margin"][rows] = columns["margin_ref"][rows] = p_first - torch.exp(second - log_z)
             columns["entropy_ref"][rows] = log_z - expected
             normalizer[rows] = log_z
             on_tokens(len(targets))
@@ -98,29 +124,71 @@ class Scorer:
         """
         if reference.provenance.windows != windows.digest:
             raise EvidenceError("the reference scored other tokens", where=windows.text, fix="score it on this text")
-        head = self._head(windows.ids[0, :8])
-        if head.weight.shape[0] != reference.head.weight.shape[0]:
+        if len(self.words) != len(reference.head.weight):
             raise EvidenceError(
-                f"vocabularies of {head.weight.shape[0]} and {reference.head.weight.shape[0]} do not compare",
+                f"vocabularies of {len(self.words)} and {len(reference.head.weight)} do not compare",
                 fix="a candidate with the reference's tokenizer",
             )  # fmt: skip
-        reference_head, columns, scratch = reference.head.to(head.weight.device), _places(windows), _scratch(head)
+        states, columns = self._final(windows), _places(windows)
+        head = self._head(windows.ids[0, :8])
+        reference_head, scratch = reference.head.beside(head), _scratch(head)
         for name in ("nll_ref", "top1_ref", "margin_ref", "entropy_ref"):
             columns[name] = torch.from_numpy(getattr(reference.tokens, name).copy())
-        for rows, h, targets in self._hidden(windows):
+        for rows, h, targets in self._rows(windows, states):
             logits = head(h)
             first, _, _, log_z = _softmax(logits, scratch)
             columns["nll"][rows] = log_z - _pick(logits, targets)
             columns["top1"][rows] = first.to(torch.int32)
-            columns["top1_p"][rows] = torch.exp(_pick(logits, first) - log_z)
+            columns["top1_p"][rows] = p_first = torch.exp(_pick(logits, first) - log_z)
             # KL = E_ref[l_ref - l] - (log Z_ref - log Z): one expectation over the vocabulary
             logits_ref = reference_head(reference.hidden[rows].to(h.device))
             log_z_ref = reference.log_normalizer[rows].to(h.device)
             p_ref = torch.sub(logits_ref, log_z_ref[:, None], out=scratch[: len(h)]).exp_()
             gap = p_ref.mul_(logits_ref.sub_(logits)).sum(-1)
             columns["kl"][rows] = (gap - (log_z_ref - log_z)).clamp_min_(0)  # rounding must not make it negative
+            second = logits.scatter_(1, first[:, None], -torch.inf).amax(-1)  # last: it spoils the logits
+            columns["margin"][rows] = p_first - torch.exp(second - log_z)
             on_tokens(len(targets))
         return _tokens(columns), self._provenance(windows, reference.provenance.reference)
+
+    def _rows(self, windows: Windows, states: Iterable[Tensor]) -> Iterator[_Rows]:
+        """Final hidden states at the positions before every scored token, a few rows at a time, and the targets."""
+        done, length, window = 0, windows.ids.shape[1], 0
+        for batch in states:
+            for h in batch:
+                row, first = windows.ids[window], int(windows.first[window])
+                for at in range(first, length, ROWS):
+                    stop = min(at + ROWS, length)
+                    yield _Rows(slice(done, done + stop - at), h[at - 1 : stop - 1], row[at:stop])
+                    done += stop - at
+                window += 1
+
+    def _provenance(self, windows: Windows, reference: str) -> Provenance:
+        return Provenance(
+            self.identity, reference, windows.digest, in_chunks(windows.protocol, self.chunk), windows.text,
+            windows.text_digest, str(self.dtype).removeprefix("torch."),
+        )  # fmt: skip
+
+
+class Scorer(WindowScorer):
+    """A model ready to be scored. ``weights`` is the digest of its bytes; names do not enter its identity.
+
+    With ``chunk``, windows are run through the cache, so many tokens at a time; ``kv`` says how keys and values are
+    rounded in it. Raises EvidenceError for a KV format without a chunk, and a chunk below 1.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, weights: str, *,
+        batch: int = 1, kv: CacheFormat | None = None, chunk: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(model, weights, batch, kv, chunk)
+        self.model = model.eval()
+        self._checked = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     @torch.inference_mode()
     def log_likelihoods(
@@ -140,7 +208,7 @@ class Scorer:
         if self.chunk is None and prefix.shareable(self.model.config):
             asked = prefix.shared(self.model, sequences, self.batch)
         else:
-            asked = prefix.whole(self._final, sequences, self.batch)
+            asked = prefix.whole(self._states, sequences, self.batch)
         return prefix.follow(head, asked, [continuation for _, continuation in sequences], on_done)
 
     def generate(
@@ -165,26 +233,15 @@ class Scorer:
             self._checked = True
         return Head.unchecked(self.model)
 
-    def _hidden(self, windows: Windows) -> Iterator[_Rows]:
-        """Final hidden states at the positions before every scored token, a few rows at a time, and the targets."""
-        done, length = 0, windows.ids.shape[1]
-        for start in range(0, len(windows.ids), self.batch):
-            ids = windows.ids[start : start + self.batch]
-            hidden = self._final(ids)
-            for row, h, first in zip(ids, hidden, windows.first[start : start + self.batch].tolist(), strict=True):
-                for at in range(first, length, ROWS):
-                    stop = min(at + ROWS, length)
-                    yield _Rows(slice(done, done + stop - at), h[at - 1 : stop - 1], row[at:stop])
-                    done += stop - at
+    @property
+    def _device(self) -> str:
+        return str(self.model.device)
 
-    def _final(self, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length d"]:
+    def _final(self, windows: Windows) -> Iterable[Float[Tensor, "batch length d"]]:
+        return (self._states(ids) for ids in windows.ids.split(self.batch))
+
+    def _states(self, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length d"]:
         return final_hidden(self.model, ids.to(self.model.device), self.chunk, self.kv)
-
-    def _provenance(self, windows: Windows, reference: str) -> Provenance:
-        return Provenance(
-            self.identity, reference, windows.digest, in_chunks(windows.protocol, self.chunk), windows.text,
-            windows.text_digest, str(self.model.dtype).removeprefix("torch."),
-        )  # fmt: skip
 
 
 class _Rows(NamedTuple):

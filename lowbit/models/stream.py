@@ -6,7 +6,9 @@ of its blocks; they note the keyword arguments that each block would have been g
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,17 +26,18 @@ class Stream:
         self.source, self.dtype, self.device = source, dtype, torch.device(device)
         self._arguments: dict[tuple[int, ...], list[_Call]] = {}
         self._form = _Form()
-        self._shell: nn.Module | None = None
+        self._shell: Any = None  # a PreTrainedModel without its blocks
+        self._tail: Any = None
 
     def embed(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length d"]:
         """What the first block reads; also learns what every block is called with at this shape."""
         if self._shell is None:
-            self._shell = self._build_shell()
+            self._shell = self._build_shell(embedding=True)
         recorders = [m for m in self._shell.modules() if isinstance(m, _Recorder)]
         if recorders[0].form.returns_tuple is None:
             recorders[0].probe = self.load(0)
         with torch.no_grad():
-            self._shell(input_ids=tokens.to(self.device), use_cache=False)
+            self._shell.base_model(input_ids=tokens.to(self.device), use_cache=False)
         self._arguments[tuple(tokens.shape)] = [r.arguments for r in recorders]
         hidden = recorders[0].hidden
         recorders[0].probe = None
@@ -74,29 +77,53 @@ class Stream:
                 self.close()
 
     def finish(self, hidden: Float[Tensor, "batch length d"]) -> Float[Tensor, "batch length d"]:
-        """Final hidden states, what the head reads, from the output of the last block."""
-        if self._shell is None:
-            self._shell = self._build_shell()
-        last = [m for m in self._shell.modules() if isinstance(m, _Recorder)][-1]
-        last.replacement = hidden
-        try:
-            with torch.no_grad():
-                places = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
-                states: Tensor = self._shell(input_ids=places, use_cache=False).last_hidden_state
-        finally:
-            last.replacement = last.hidden = None
+        """Final hidden states, what the head reads, from the output of the last block; loads no embedding."""
+        with self._ending(hidden) as (model, places):
+            states: Tensor = model.base_model(inputs_embeds=places, use_cache=False).last_hidden_state
         return states
 
-    def _build_shell(self) -> nn.Module:
-        """The model without its head, recorders for blocks, everything else loaded."""
+    def logits(
+        self, hidden: Float[Tensor, "batch length d"], weight: Float[Tensor, "vocab d"],
+        bias: Float[Tensor, "vocab"] | None,
+    ) -> Float[Tensor, "batch length vocab"]:  # fmt: skip
+        """What the model itself makes of the output of its last block, with a head of these weights."""
+        with self._ending(hidden) as (model, places):
+            out = model.get_output_embeddings()
+            out.weight = nn.Parameter(weight, requires_grad=False)
+            out.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+            logits: Tensor = model(inputs_embeds=places, use_cache=False).logits
+        return logits
+
+    @contextlib.contextmanager
+    def _ending(self, hidden: Float[Tensor, "batch length d"]) -> Iterator[tuple[Any, Tensor]]:
+        """The model with ``hidden`` as what its last block returns, and embeddings for it that do not matter."""
+        if self._tail is None:
+            self._tail = self._build_shell(embedding=False)
+        last = [m for m in self._tail.modules() if isinstance(m, _Recorder)][-1]
+        last.replacement = hidden
+        embedding: Any = self.source.skeleton.get_input_embeddings()
+        shape = *hidden.shape[:2], embedding.weight.shape[1]
+        try:
+            with torch.no_grad():
+                yield (
+                    self._tail,
+                    torch.zeros(shape, dtype=self.dtype, device=self.device),
+                )
+        finally:
+            last.replacement = last.hidden = None
+
+    def _build_shell(self, embedding: bool) -> Any:
+        """The model with recorders for its blocks and without its head, everything else loaded."""
         skeleton = copy.deepcopy(self.source.skeleton)
         path, _, _ = self.source.blocks[0].rpartition(".")
         parent, _, leaf = path.rpartition(".")
         layers = list(skeleton.get_submodule(path).children())
         recorders = nn.ModuleList([_Recorder(layer, self._form) for layer in layers])
         setattr(skeleton.get_submodule(parent), leaf, recorders)
-        shell: nn.Module = skeleton.base_model
-        return self.source.fill(shell, skeleton.base_model_prefix, self.dtype, self.device).to(self.device)
+        if not embedding:
+            skeleton.set_input_embeddings(nn.Identity())
+        self.source.fill(skeleton.base_model, skeleton.base_model_prefix, self.dtype, self.device).to(self.device)
+        return skeleton
 
 
 class _Call(NamedTuple):

@@ -1,14 +1,17 @@
 """plan: what a recipe will make of a model, and what that costs, before any weight is read.
 
 Sizes are exact (a checkpoint's headers aside). Memory is that of the walk at its worst moment, beside the process
-that plans: within 15 % of what was measured. Times are operation counts over this machine's measured rates:
-estimates, good to about a factor of two, for an idle machine.
+that plans: within 15 % of what was measured (benchmarks/README.md). The model's files are mapped and count in full,
+though the system takes their pages back when it needs them (``mapped``). Times are operation counts over this
+machine's measured rates: estimates, good to about a factor of two, for an idle machine.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,6 +24,7 @@ from lowbit.formats.ec import Entropy
 from lowbit.formats.grids import IntGrid
 from lowbit.models.graph import Site, outside_blocks
 from lowbit.models.source import Source
+from lowbit.pipeline import rate
 from lowbit.pipeline.coverage import Coverage, Kept, audit
 from lowbit.pipeline.recipe import Recipe, Treatment
 from lowbit.pipeline.spill import LIMIT, Hidden
@@ -69,6 +73,8 @@ class Plan:
     bytes_kept: int
     bits_per_weight: float
     bytes_source_16bit: int
+    mapped: int
+    """Bytes of the model's files: a part of every stage's memory that the system can take back."""
     stages: tuple[StageCost, ...]
     kept: tuple[Kept, ...]
 
@@ -94,7 +100,17 @@ class _Passes(NamedTuple):
     loop: int
 
 
+class _Held(NamedTuple):
+    """Bytes beside calibration: with a block loaded, what coding a weight adds to them, and with the embedding."""
+
+    blocks: int
+    encoding: int
+    embedding: int
+
+
 _INTEGERS, _TABLES = _Passes(75, 11, 45), _Passes(130, 31, 800)
+_GRADIENT_PASSES = 4  # of a block: forward, again for the backward pass, and that pass through activations and weights
+_LOGITS = 4  # of a window at once: they, their log-softmax, and a gradient of either
 _FORWARD_PASSES = 3  # over every linear's input and output in a forward pass: norms, activations, rotations, sums
 _COLUMN_S = 45e-6  # one step of the column loop beside its arithmetic: about ten small operations
 _RATE_ROUNDS = 4  # in which a rate is found
@@ -112,7 +128,7 @@ def plan(source: Source, recipe: Recipe, rates: Rates, dtype: torch.dtype = torc
         sites=len(treated), parameters=coverage.parameters, quantized=coverage.quantized, bytes_quantized=low,
         bytes_kept=kept, 
         bits_per_weight=8 * low / coverage.quantized if coverage.quantized else 16.0,
-        bytes_source_16bit=2 * coverage.parameters,
+        bytes_source_16bit=2 * coverage.parameters, mapped=_mapped(source),
         stages=tuple(_stages(source, recipe, coverage, rates, tokens, dtype)), kept=coverage.kept,
     )  # fmt: skip
 
@@ -126,13 +142,16 @@ def _stages(
     outside = sum(p.numel() for _, p in outside_blocks(source.skeleton, source.blocks))
     # edited weights stay in float32 beside the block; a tuner holds positions, gradients and rounded weights
     copies = 2 + bool(recipe.transforms) + 3 * (recipe.tuner is not None)
-    base = rates.resident + copies * block + 6 * 4 * widest
-    stages = [StageCost("read and write", 4 * coverage.parameters / 1e9, max(base, rates.resident + 4 * outside))]
+    base = rates.resident + _mapped(source)
+    blocks, encoding = base + copies * block, 6 * 4 * widest
+    stages = [StageCost("read and write", 4 * coverage.parameters / 1e9, max(blocks + encoding, base + 4 * outside))]
     if tokens:
-        stages += _calibration(source, recipe, coverage, rates, tokens, dtype, base + outside * dtype.itemsize)
+        stages += _calibration(
+            source, recipe, coverage, rates, tokens, dtype, _Held(blocks, encoding, base + outside * dtype.itemsize)
+        )
+    memory = stages[-1].memory
     search = sum(_clip_steps(t) * _passes(t).step * math.prod(s.shape) for s, t in treated)
     rounding = sum(_rounding(s, t, rates) for s, t in treated)
-    memory = stages[-1].memory
     return [
         *stages, StageCost("clip search", 8 * search / rates.elementwise, memory),
         StageCost("rounding", rounding, memory),
@@ -140,32 +159,62 @@ def _stages(
 
 
 def _calibration(
-    source: Source, recipe: Recipe, coverage: Coverage, rates: Rates, tokens: int, dtype: torch.dtype, base: int
+    source: Source, recipe: Recipe, coverage: Coverage, rates: Rates, tokens: int, dtype: torch.dtype, bare: _Held
 ) -> list[StageCost]:
     """Forward passes over the tokens, and what methods learn from them."""
     c, d = recipe.calibration, source.config.get_text_config(decoder=True).hidden_size
     inputs = [(s, t, kinds) for s, t in coverage.treated.values() if (kinds := t.encoder.needs)]
     first = _first_of_each_input(inputs)
     widths = [sum(sum(s.shape) for s, _ in coverage.in_block(b).values()) for b in source.blocks]
-    inside = tokens * max(widths) * dtype.itemsize  # activations of all tokens within one block, as in a lockstep pass
-    if inside > LIMIT or not any(t.encoder.true_sequential for _, t, _ in inputs):
+    # a lockstep pass has a thread a batch, and what one batch took inside the block stays with its thread's allocator
+    inside = tokens * max(widths) * dtype.itemsize
+    lockstep = inside <= LIMIT and any(t.encoder.true_sequential for _, t, _ in inputs)
+    if not lockstep:
         inside = inside // c.samples * min(c.batch, c.samples)
     tuner: Any = recipe.tuner
     hidden = min(Hidden.nbytes(c.samples, c.length, d, dtype), LIMIT) * (2 if tuner else 1)  # the original's too
-    held = base + _TEXT + hidden + inside
+    kept = _TEXT + hidden
+    held = bare.blocks + kept + inside
     rounds = 1 + len(recipe.transforms) + (4 + 3 * tuner.steps * tuner.batch / c.samples if tuner else 0)
     products = rounds * tokens * (2 * coverage.quantized + 4 * c.length * d * len(source.blocks)) / rates.flops
     passes = rounds * tokens * _FORWARD_PASSES * 8 * sum(widths) / rates.elementwise
-    gram = max((Gram.nbytes(s.shape[1]) for s, _, kinds in inputs if Gram in kinds), default=0)
-    if recipe.transforms or tuner:  # the statistics of a whole block at once
-        gram *= max(len({s.shape[1]: 0 for s in source.sites(b)}) + 1 for b in source.blocks)
+    grams, largest = _grams(source, recipe, coverage)
     statistics = sum(_statistics(s, kinds, tokens) for s, _, kinds in first) / rates.flops
     factors = sum(4 * s.shape[1] ** 3 for s, _, kinds in first if Gram in kinds) / rates.flops
-    return [
-        StageCost("forward passes", products + passes, held),
-        StageCost("statistics", statistics, held + gram),
-        StageCost("factorisation", factors, held + 5 * gram),
+    stages = [
+        StageCost("forward passes", products + passes, max(held, bare.embedding + kept)),
+        StageCost("statistics", statistics, held + grams),
+        StageCost("factorisation", factors, held + grams + 4 * largest + (bare.encoding if lockstep else 0)),
     ]
+    if rate.asks_fisher(t for _, t in coverage.treated.values()):
+        logits = _LOGITS * 4 * c.length * source.config.get_text_config(decoder=True).vocab_size
+        window = 2 * c.length * max(widths) * dtype.itemsize  # a block's activations, and gradients of them
+        passes = _GRADIENT_PASSES * 2 * coverage.parameters * max(rate.TOKENS, c.length) / rates.flops
+        stages.insert(0, StageCost("Fisher information", passes, bare.embedding + kept + logits + window))
+    return stages
+
+
+def _mapped(source: Source) -> int:
+    """Bytes of the model's files, which are mapped while they are read and counted as resident from then on."""
+    return 0 if source.root is None else source.store.nbytes()
+
+
+def _grams(source: Source, recipe: Recipe, coverage: Coverage) -> tuple[int, int]:
+    """Bytes of the Gram matrices that are held at once, and of the largest that an encoder works on.
+
+    Transforms and tuners are given those of a whole block, encoders those of a stage: of one input, or of all experts.
+    """
+    whole = bool(recipe.transforms) or recipe.tuner is not None
+    before = frozenset[type[Stat]]().union(*(transform.needs for _, transform in recipe.transforms))
+    together, largest = Counter[str](), 0
+    for block in source.blocks:
+        inputs = [(s, t, t.encoder.needs | before) for s, t in coverage.in_block(block).values()]
+        for site, treatment, kinds in _first_of_each_input(inputs):
+            if Gram not in kinds:
+                continue
+            together[block if whole else re.sub(r"\.experts\.\d+\.", ".", site.name)] += Gram.nbytes(site.shape[1])
+            largest = max(largest, Gram.nbytes(site.shape[1]) * (Gram in treatment.encoder.needs))
+    return max(together.values(), default=0), largest
 
 
 def _first_of_each_input(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -14,12 +14,12 @@ from lowbit.pipeline.fisher import output_fisher
 from lowbit.pipeline.recipe import Treatment
 from lowbit.pipeline.result import Progress
 
-_TOKENS = 2048  # of the calibration text, for gradients: only the order of magnitude of each row counts
+TOKENS = 2048  # of the calibration text, for gradients: only the order of magnitude of each row counts
 
 
-def asks_fisher(coverage: Coverage) -> bool:
+def asks_fisher(treatments: Iterable[Treatment]) -> bool:
     """Whether some linear's encoder weighs rows by their Fisher information."""
-    return any(_asks(treatment) for _, treatment in coverage.treated.values())
+    return any(map(_asks, treatments))
 
 
 def known_fisher(
@@ -33,7 +33,7 @@ def known_fisher(
     sites = {name for name, (_, treatment) in coverage.treated.items() if _asks(treatment)}
     if not sites or tokens is None:
         return {}
-    windows = tokens[: max(1, _TOKENS // tokens.shape[1])].cpu()
+    windows = tokens[: max(1, TOKENS // tokens.shape[1])].cpu()
     on_progress(Progress(0, len(source.blocks), "", 0, len(coverage.treated), "Measuring what predictions depend on"))
     return {site: found.outputs for site, found in output_fisher(source, windows, sites, dtype, 1).items()}
 

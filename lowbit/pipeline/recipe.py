@@ -197,13 +197,17 @@ class Recipe(_Data):
             free -= matched
 
     @property
+    def treatments(self) -> list[Treatment]:
+        """Every way in which it may treat a site, whatever model it is for."""
+        found = [self._apply(rule) for rule in (None, *self.override)]
+        return [t for t in found if not isinstance(t, str)]
+
+    @property
     def calibrated(self) -> bool:
         """Whether any of its steps needs statistics, and so calibration text."""
-        found = [self.treatment("")] + [self.treatment(rule.sites) for rule in self.override]
-        treatments = [t for t in found if not isinstance(t, str)]
-        static = any(t.activations and t.activations.static for t in treatments)
+        static = any(t.activations and t.activations.static for t in self.treatments)
         # transforms look for edges on a sample of hidden states even when they need no statistics
-        return static or bool(self.transforms) or any(t.encoder.needs for t in treatments)
+        return static or bool(self.transforms) or any(t.encoder.needs for t in self.treatments)
 
     @property
     def line(self) -> str:

@@ -18,15 +18,16 @@ from torch import nn
 
 from lowbit.arrays import Int, Tensor
 from lowbit.calibration.cards import Card
-from lowbit.errors import CalibrationError, RecipeError
+from lowbit.errors import CalibrationError
 from lowbit.models.source import Source
 from lowbit.models.stream import Stream
 from lowbit.pipeline.coverage import Coverage, audit
-from lowbit.pipeline.encode import BlockWork, ranges_needed, replace_by_codes
+from lowbit.pipeline.encode import BlockWork, replace_by_codes
 from lowbit.pipeline.memory import Chunks
-from lowbit.pipeline.rate import asks_fisher, known_fisher
+from lowbit.pipeline.rate import known_fisher
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.result import Finished, Progress, Sink, SiteReport
+from lowbit.pipeline.shared import check_card
 from lowbit.pipeline.spill import Hidden
 from lowbit.pipeline.view import Edges
 
@@ -65,7 +66,7 @@ def walk(
     coverage = audit(source, recipe)
     stream, hidden = Stream(source, dtype, device), None
     if card is not None:
-        _check_card(card, source, recipe, coverage)
+        check_card(card, source, recipe, coverage)
     elif recipe.calibrated:
         _check_tokens(source, recipe, tokens)
         assert tokens is not None
@@ -128,27 +129,6 @@ def _on_cpu(done: Finished) -> Finished:
         {site: q.map(_to_host) for site, q in done.codes.items()}, done.inputs,
         {name: value.cpu() for name, value in done.edited.items()}, done.reports,
     )  # fmt: skip
-
-
-def _check_card(card: Card, source: Source, recipe: Recipe, coverage: Coverage) -> None:
-    """Raises CalibrationError for a card of another model, RecipeError where statistics alone do not suffice."""
-    card.check(source)
-    if recipe.transforms or recipe.tuner is not None:
-        raise RecipeError(
-            "a card cannot calibrate transforms and tuners", where=recipe.line,
-            why="it holds sums over the inputs of the model as it is, and these run blocks",
-            fix="an encoder alone with the card, or calibration text",
-        )  # fmt: skip
-    if asks_fisher(coverage):
-        raise RecipeError(
-            "a card holds no Fisher information", where=recipe.line, why="it takes gradients of the whole model",
-            fix="fisher=false, or calibration text",
-        )  # fmt: skip
-    needed = {kind for _, t in coverage.treated.values() for kind in t.encoder.needs | ranges_needed(t)}
-    if missing := sorted(kind.__name__ for kind in needed - card.kinds):
-        raise CalibrationError(
-            f"holds no {' and no '.join(missing)}", where=str(card.path), fix="a card made with --gram and ranges",
-        )  # fmt: skip
 
 
 def _check_tokens(source: Source, recipe: Recipe, tokens: Int[Tensor, "windows length"] | None) -> None:

@@ -25,7 +25,7 @@ def join(parts: Iterable[Html], between: str = "") -> Html:
 
 def section(title: str, *content: Html, key: str = "", kind: str = "") -> Html:
     """A headed section, or nothing where there is no content; ``key`` is where a link leads to."""
-    inner = join(content, "\n")
+    inner = join([part for part in content if part], "\n")
     place = f' id="{plain(key)}"' if key else ""
     return Html(f"<section{place}{_class(kind)}>\n<h2>{plain(title)}</h2>\n{inner}\n</section>") if inner else Html("")
 

@@ -100,7 +100,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class ScoringProtocol:
-    """How every number was scored: a perplexity without these means nothing."""
+    """How every number was scored: a perplexity without these means nothing. ``tokens`` is 0 where no text was."""
 
     text: str
     digest: str
@@ -143,6 +143,11 @@ class Report:
     digests: tuple[tuple[str, str], ...] = ()
     task_notes: tuple[str, ...] = ()
     families: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether a text was scored; without, the versions only answered tasks."""
+        return self.protocol.tokens > 0
 
     def __post_init__(self) -> None:
         marked = [c.label for c in self.candidates if c.is_reference]

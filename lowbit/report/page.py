@@ -94,7 +94,10 @@ def policy(library: str, start: str, *, live: bool = False) -> str:
 
 
 def content(report: StudyReport) -> Content:
-    """Alerts, contents where there is much, panels and models; the same report gives the same markup."""
+    """From what was concluded to what it rests on: alerts, contents where there is much, panels, then the models.
+
+    The same report gives the same markup.
+    """
     several = len(report.reports) > 1
     drawn: list[Chart] = [chart(panel.key, figure) for panel in report.panels for figure in panel.figures]
     panels = [panel_section.panel(panel) for panel in report.panels]
@@ -108,17 +111,16 @@ def content(report: StudyReport) -> Content:
         title, byline = report.reports[0].title, f"{byline} Reference: {report.reports[0].reference.label}."
     else:
         title = f"{report.name}: {len(report.reports)} models" if several else f"{report.name}: nothing scored yet"
-    ordered = [*panels, *models] if several else [*models, *panels]
-    head = [alert_section.alerts(report), _contents(report, several)]
-    main = join([part for part in (*head, *ordered, *map(_data, drawn)) if part], "\n")
+    head = [alert_section.alerts(report), _contents(report)]
+    main = join([part for part in (*head, *panels, *models, *map(_data, drawn)) if part], "\n")
     return Content(title, byline, main)
 
 
-def _contents(report: StudyReport, several: bool) -> Html:
+def _contents(report: StudyReport) -> Html:
     """Links to the panels and models of a page that has more than one model's report; nothing for that alone."""
     panels = [(f"panel-{panel.key}", panel.title) for panel in report.panels]
     models = [(f"model-{n}", one.title) for n, one in enumerate(report.reports)]
-    links = [*panels, *models] if several else [*models, *panels]
+    links = [*panels, *models]
     if len(links) < 2:
         return Html("")
     items = [Html(f'<li><a href="#{plain(key)}">{plain(title)}</a></li>') for key, title in links]
@@ -132,7 +134,7 @@ def _model(report: Report, drawn: list[Chart], key: str, *, titled: bool) -> Htm
         return sections.figures([c for c in drawn if kind in c.key])
 
     parts = [
-        sections.overview(report),
+        *([sections.overview(report)] if report.has_tokens else []),
         section("What it can still do", task_section.tasks(report)),
         section("Size against loss", figures("pareto-")),
         section("Where the loss is", figures("kl-"), sections.profiles(report)),

@@ -114,11 +114,14 @@ def flips(report: Report) -> Html:
 def provenance(report: Report) -> Html:
     """Command, scoring protocol, configuration, cost and identity: what is needed to repeat it."""
     p, env = report.protocol, report.environment
-    protocol = (
+    scored = (
         ("text", p.text),
         ("text digest", p.digest),
         ("windows", f"{p.windows:,} of {p.length:,} tokens"),
         ("tokens scored", f"{p.tokens:,} in {p.clusters:,} clusters"),
+    )
+    protocol = (
+        *(scored if report.has_tokens else ()),
         ("dtype", p.dtype),
         ("multiplicity rule", report.multiplicity_rule),
     )

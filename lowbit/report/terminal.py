@@ -77,10 +77,15 @@ def _claims(claims: Sequence[Claim]) -> Table:
 
 def plain(report: Report) -> str:
     """Columns aligned by spaces, one line a version, then the notes."""
-    parts = [*_aligned(main_table(report)), "", *map(text.safe, notes(report))]
+    return "\n\n".join("\n".join([*_aligned(shown), "", *map(text.safe, below)]) for _, shown, below in _tables(report))
+
+
+def _tables(report: Report) -> list[tuple[str, Table, list[str]]]:
+    """The tables that a report has, each with its title and the notes below it."""
+    found = [(report.title, main_table(report), notes(report))] if report.has_tokens else []
     if tasks := task_table(report):
-        parts += ["", *_aligned(tasks), "", *map(text.safe, task_notes(report))]
-    return "\n".join(parts)
+        found.append(("What it can still do", tasks, task_notes(report)))
+    return found
 
 
 def _aligned(shown: Table) -> list[str]:
@@ -96,10 +101,7 @@ def _aligned(shown: Table) -> list[str]:
 
 def markdown(report: Report) -> str:
     """A GitHub table, then the notes."""
-    parts = _piped(main_table(report), notes(report))
-    if tasks := task_table(report):
-        parts += ["", *_piped(tasks, task_notes(report))]
-    return "\n".join(parts)
+    return "\n\n".join("\n".join(_piped(shown, below)) for _, shown, below in _tables(report))
 
 
 def _piped(shown: Table, below: Sequence[str]) -> list[str]:
@@ -117,10 +119,10 @@ def to_json(report: Report | StudyReport) -> str:
 
 def _rich(report: Report) -> None:
     console = Console()
-    _rich_table(console, main_table(report), report.title, notes(report))
-    if tasks := task_table(report):
-        console.print()
-        _rich_table(console, tasks, "What it can still do", task_notes(report))
+    for i, (title, shown, below) in enumerate(_tables(report)):
+        if i:
+            console.print()
+        _rich_table(console, shown, title, below)
 
 
 def _rich_table(console: Console, shown: Table, title: str, below: Sequence[str]) -> None:

@@ -5,13 +5,15 @@
 
 Everything but low-bit weights is held: embedding, head, norms, biases, what a recipe kept in 16 bit. Of the low-bit
 weights a fixed choice of blocks is read once; the others are read at every pass, ahead of their use, into a few
-buffers of one block each. Within its own forward a block's weights are views of its buffer; outside of it they are
-nowhere (on the meta device), so that nothing can read what has been overwritten.
+buffers of one block each. Within its own forward a block's weights are views of its buffer (or decoded from it, where
+a shard is coded); outside of it they are nowhere (on the meta device), so that nothing can read what has been
+overwritten.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,7 @@ from lowbit.models.source import Source
 from lowbit.models.store import Memory, read_json
 from lowbit.runtime.kernels.coded import FEW_TOKENS
 from lowbit.runtime.linear import PackedWeight, QLinear
-from lowbit.runtime.reader import Buffer, Engine, Reader
+from lowbit.runtime.reader import Buffer, Engine, Reader, Ticket
 from lowbit.runtime.schedule import BUFFERS, Schedule, schedule
 from lowbit.runtime.stream import Ring
 from lowbit.runtime.stream_kernel import PANEL, PANELS
@@ -55,7 +57,8 @@ class Outline:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return tuple(extent.nbytes for extent in self.extents)
+        """Bytes of memory that a block takes; of a coded one, decoded: somewhat more than is read for it."""
+        return tuple(max(extent.nbytes, extent.decoded) for extent in self.extents)
 
     @property
     def outside(self) -> int:
@@ -71,7 +74,7 @@ class Outline:
         """Bytes held whatever the schedule, for texts of ``tokens``.
 
         Counted: this process as it is (``base`` in its place), weights outside the schedule, keys and values, what a
-        prompt's activations and a panel of decoded rows take, and SLACK.
+        prompt's activations and a panel of decoded rows take, the block in use where shards are coded, and SLACK.
         """
         held = sum(p.numel() * dtype.itemsize for p in self.model.parameters())
         text = self.model.config.get_text_config(decoder=True)
@@ -81,6 +84,7 @@ class Outline:
         widest = max((max(linear.weight.shape) for linear in _linears(self.model).values()), default=0)
         passing = tokens * 4 * (8 * width + 4 * widest) + 4 * 4 * text.vocab_size
         scratch = 4 * widest * (PANEL if tokens > FEW_TOKENS else 1)
+        scratch += 2 * max((extent.decoded for extent in self.extents), default=0)  # a block, and while it is decoded
         base = int(psutil.Process().memory_info().rss) if base is None else base
         return int(base + held + caches * tokens * dtype.itemsize + passing + scratch + SLACK)
 
@@ -203,19 +207,24 @@ def _put(model: nn.Module, name: str, value: Tensor, dtype: torch.dtype, path: P
 def _read_resident(extents: Sequence[Extent], linears: dict[str, QLinear], engine: Engine) -> str:
     """Read these blocks for good, each into memory of its own; returns the engine."""
     reader = Reader([extent.path for extent in extents], engine=engine)
+    ahead: deque[tuple[Extent, Buffer, Ticket]] = deque()
     try:
-        buffers = [Buffer(extent.nbytes) for extent in extents]
-        tickets = [
-            reader.submit(i, extent.offset, extent.length, buffer)
-            for i, (extent, buffer) in enumerate(zip(extents, buffers, strict=True))
-        ]
-        for extent, buffer, ticket in zip(extents, buffers, tickets, strict=True):
-            reader.wait(ticket)
-            for site, parts in extent.parts(buffer.bytes).items():
-                linears[site].point(parts)
+        for i, extent in enumerate(extents):
+            buffer = Buffer(extent.nbytes)
+            ahead.append((extent, buffer, reader.submit(i, extent.offset, extent.length, buffer)))
+            if len(ahead) == BUFFERS:
+                _keep(reader, *ahead.popleft(), linears)
+        while ahead:
+            _keep(reader, *ahead.popleft(), linears)
         return reader.engine
     finally:
         reader.close()
+
+
+def _keep(reader: Reader, extent: Extent, buffer: Buffer, ticket: Ticket, linears: dict[str, QLinear]) -> None:
+    reader.wait(ticket)
+    for site, parts in extent.parts(buffer.bytes).items():
+        linears[site].point(parts)
 
 
 def _attach(block: nn.Module, turn: int, ring: Ring, linears: dict[str, QLinear]) -> None:

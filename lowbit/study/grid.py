@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lowbit.calibration import text as texts
+from lowbit.calibration.cards import LIGHT
 from lowbit.calibration.synthetic import identity
-from lowbit.errors import StudyError
+from lowbit.errors import RecipeError, StudyError
 from lowbit.evaluation import protocol
 from lowbit.evaluation.tasks import registry
 from lowbit.evaluation.tasks.registry import Chosen
 from lowbit.models.resolve import locate
 from lowbit.models.source import of_directory
 from lowbit.pipeline.recipe import Recipe, parse, with_calibration
+from lowbit.pipeline.shared import shareable
 from lowbit.study import outliers, sampling, stages, tasks
 from lowbit.study.engine import Cell
 from lowbit.study.outliers import OutlierGrid
@@ -56,7 +58,8 @@ class Entry:
 class Grid:
     """The cells of one model of a study, the reference first; ``model`` is its short name.
 
-    ``tasks``, ``texts`` and ``outliers`` are what else the study asks of the same model and candidates.
+    ``tasks``, ``texts`` and ``outliers`` are what else the study asks of the same model and candidates, ``cards`` the
+    statistics that several of them are made from.
     """
 
     model: str
@@ -66,6 +69,7 @@ class Grid:
     tasks: TaskGrid | None = None
     texts: SampleGrid | None = None
     outliers: OutlierGrid | None = None
+    cards: tuple[Cell, ...] = ()
 
     @property
     def more(self) -> list[Planned]:
@@ -75,7 +79,7 @@ class Grid:
     @property
     def cells(self) -> list[Cell]:
         """All cells in the order in which results become visible: each candidate is made, then scored; tasks last."""
-        found = [self.reference, self.floor]
+        found = [self.reference, self.floor, *self.cards]
         for entry in self.entries:
             found += [cell for cell in (entry.make, entry.score) if cell is not None]
         found += [entry.attribute for entry in self.entries if entry.attribute is not None]
@@ -105,10 +109,18 @@ def of_study(study: Study, say: Say = lambda _: None) -> list[Grid]:
 def of_directories(model: str, candidates: list[str], evaluation: Mapping[str, Any], say: Say = lambda _: None) -> Grid:
     """A grid of candidates that exist already: native checkpoints or dense directories.
 
-    ``evaluation`` holds text, protocol, windows, batch and dtype. Raises StudyError for one that is named twice.
+    ``evaluation`` holds text, protocol, windows, batch and dtype; with ``memory``, in bytes, models are scored block by
+    block. Raises StudyError for one that is named twice, RecipeError for a memory with a protocol in chunks.
     """
     names = short_names(candidates, "compare")
     common = _common(model, evaluation, say)
+    if (memory := evaluation.get("memory")) is not None:
+        if protocol.parse(evaluation["protocol"]).chunk is not None:
+            raise RecipeError(
+                "a protocol in chunks needs whole models in memory", where=evaluation["protocol"],
+                why="a cache goes through all blocks before the next chunk begins", fix="windows-512, or no --memory",
+            )  # fmt: skip
+        common["memory"] = memory
     reference, floor = _references(_short(model), common, "")
     entries = []
     for candidate, label in names.items():
@@ -135,9 +147,11 @@ def _model(
     affinity = common["model_digest"]
     prefix = f"{label}: " if len(study.models) > 1 else ""
     reference, floor = _references(label, common, prefix)
-    entries = []
+    entries, cards = [], dict[str, Cell]()
     for called, (name, recipe) in recipes.items():
-        make = Cell(stages.QUANTIZE, f"{prefix}make {called}", (), _make_params(common, recipe), affinity)
+        card = _card(common, recipe, prefix)
+        inputs = () if card is None else (cards.setdefault(card.key, card).key,)
+        make = Cell(stages.QUANTIZE, f"{prefix}make {called}", inputs, _make_params(common, recipe), affinity)
         score = Cell(stages.SCORE, f"{prefix}score {called}", (reference.key, make.key), common, affinity)
         attribute = None
         if name in study.evaluation.attribute:
@@ -153,7 +167,7 @@ def _model(
         texts_of = sampling.of_made(label, common, made, study.sampling, prefix)
     if study.outliers is not None:
         found = outliers.of_model(label, common, study.outliers, prefix)
-    return Grid(label, reference, floor, tuple(entries), asked, texts_of, found)
+    return Grid(label, reference, floor, tuple(entries), asked, texts_of, found, tuple(cards.values()))
 
 
 def _settings(t: Tasks, dtype: str) -> tasks.Settings:
@@ -242,3 +256,21 @@ def _make_params(common: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     if recipe.calibrated:
         params["calibration_digest"] = identity(recipe.calibration.text, common["model_digest"])
     return params
+
+
+def _card(common: Mapping[str, Any], recipe: Recipe, prefix: str) -> Cell | None:
+    """The statistics of the original that a recipe can be made from, as other recipes can; None where it runs its own.
+
+    Light statistics come together, Gram matrices alone or with them, so that no key depends on the other recipes.
+    """
+    if not (needed := shareable(recipe)):
+        return None
+    light, heavy = needed.intersection(LIGHT), sorted(kind.__name__ for kind in needed.difference(LIGHT))
+    c = recipe.calibration
+    params = {key: common[key] for key in ("model", "model_digest", "dtype")} | {
+        "calibration": c.model_dump(), "calibration_digest": identity(c.text, common["model_digest"]),
+        "kinds": heavy + [kind.__name__ for kind in LIGHT if light],
+    }  # fmt: skip
+    held = " and ".join(heavy + ["light"] * bool(light))
+    label = f"{prefix}card of {_short(c.text)}, {c.samples} x {c.length}, seed {c.seed}: {held}"
+    return Cell(stages.CARD, label, (), params, common["model_digest"])

@@ -1,6 +1,7 @@
 """The stages of a study: what each kind of cell computes. Outputs are small JSON; big results are files.
 
-quantize    model, recipe, text              -> a native checkpoint
+card        model, text                      -> statistics that several recipes are calibrated from
+quantize    model, recipe, text or card      -> a native checkpoint
 reference   model, text, protocol            -> hidden states and token evidence
 floor       reference                        -> the reference against itself with another batch size
 score       checkpoint or directory          -> token evidence beside the reference
@@ -27,38 +28,56 @@ from lowbit.calibration import text as texts
 from lowbit.calibration.synthetic import calibration_tokens
 from lowbit.calibration.text import Tokens
 from lowbit.errors import ModelError, RecipeError, StudyError, nearest
-from lowbit.evaluation import evidence
+from lowbit.evaluation import by_blocks, evidence
 from lowbit.evaluation.attribution import kl_by_block
 from lowbit.evaluation.protocol import Windows, parse
-from lowbit.evaluation.scorer import Scorer
+from lowbit.evaluation.scorer import Scorer, WindowScorer
 from lowbit.formats.qtensor import QTensor
 from lowbit.io import native
 from lowbit.models.pretrained import from_directory
 from lowbit.models.resolve import open_model
 from lowbit.models.source import Source, of_directory
-from lowbit.pipeline.recipe import Recipe
+from lowbit.pipeline.recipe import Calibration, Recipe
 from lowbit.pipeline.walk import Progress, prepared, walk
 from lowbit.runtime import facade
 from lowbit.study.worker import Stage, StageContext
 
 _MAKES = ("lowbit.formats", "lowbit.methods", "lowbit.models", "lowbit.calibration", "lowbit.pipeline", "lowbit.io")
+_OBSERVES = ("lowbit.models", "lowbit.calibration")
 _SCORES = (*_MAKES, "lowbit.evaluation", "lowbit.runtime")
 
+CARD = Stage("card", "lowbit.study.stages:card", _OBSERVES)
 QUANTIZE = Stage("quantize", "lowbit.study.stages:quantize", _MAKES)
 REFERENCE = Stage("reference", "lowbit.study.stages:reference", _SCORES)
 FLOOR = Stage("floor", "lowbit.study.stages:floor", _SCORES)
 SCORE = Stage("score", "lowbit.study.stages:score", _SCORES)
 ATTRIBUTE = Stage("attribute", "lowbit.study.stages:attribute", _SCORES)
 
-BLOCKS = "blocks.json"
+BLOCKS, STATISTICS = "blocks.json", "statistics.safetensors"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+def card(context: StageContext) -> Mapping[str, Any]:
+    """One pass over the calibration text, for all recipes that propagate the original."""
+    source, c = _source(context.params), Calibration.model_validate(context.params["calibration"])
+    dtype = torch_dtype(context.params["dtype"])
+    tokens = calibration_tokens(source, c.text, samples=c.samples, length=c.length, seed=c.seed, dtype=dtype)
+    kinds = [cards.KINDS[name] for name in context.params["kinds"]]
+    path = context.folder / STATISTICS
+    made = cards.make(
+        path, source, tokens, kinds=kinds, dtype=dtype, batch=c.batch,
+        on_block=lambda done, total: context.report(done, total, "blocks"),
+    )  # fmt: skip
+    return {"digest": made.digest, "bytes": path.stat().st_size, "tokens": int(tokens.ids.numel())}
+
+
 def quantize(context: StageContext) -> Mapping[str, Any]:
-    """Make the checkpoint; a killed cell goes on at the block where it was."""
+    """Make the checkpoint, from the card that is its input if any; a killed cell goes on at the block where it was."""
     source = _source(context.params)
     recipe = Recipe.model_validate(context.params["recipe"])
-    return make(source, recipe, context.checkpoint, torch_dtype(context.params["dtype"]), context.report)
+    known = context.input_folder(0) / STATISTICS if context.inputs else None
+    dtype = torch_dtype(context.params["dtype"])
+    return make(source, recipe, context.checkpoint, dtype, context.report, card=known)
 
 
 def make(
@@ -142,8 +161,7 @@ def describe_dense(source: Source) -> dict[str, Any]:
 def reference(context: StageContext) -> Mapping[str, Any]:
     """Score the original once: its token evidence, and the hidden states that exact KL needs."""
     source, windows = _source(context.params), _windows(context.params)
-    model = dense_model(Path(context.params["model"]), context.params["dtype"])
-    scorer = Scorer(model, source.digest, batch=context.params["batch"], chunk=_chunk(context.params))
+    scorer = _scorer(context, Path(context.params["model"]), source.digest)
     found = scorer.reference(windows, _counter(context, windows))
     evidence.write_reference(context.folder, found)
     return {
@@ -155,9 +173,7 @@ def reference(context: StageContext) -> Mapping[str, Any]:
 
 def floor(context: StageContext) -> Mapping[str, Any]:
     """The noise floor: the same weights, scored with another batch size."""
-    model = dense_model(Path(context.params["model"]), context.params["dtype"])
-    batch, chunk = context.params["batch"] + 1, _chunk(context.params)
-    return _score(context, Scorer(model, context.params["model_digest"], batch=batch, chunk=chunk))
+    return _score(context, _scorer(context, Path(context.params["model"]), context.params["model_digest"], more=1))
 
 
 def score(context: StageContext) -> Mapping[str, Any]:
@@ -166,13 +182,7 @@ def score(context: StageContext) -> Mapping[str, Any]:
     described = describe(path)
     if context.params.get("candidate_digest", described["digest"]) != described["digest"]:
         raise StudyError("changed after this cell was planned", where=str(path), fix="run it again")
-    if native.is_native(path):
-        model = facade.load(path, dtype=torch_dtype(context.params["dtype"]), kernels="dense")
-    else:
-        model = dense_model(path, context.params["dtype"])
-    kv, chunk = facade.cache_format(model), _chunk(context.params)
-    scorer = Scorer(model, described["digest"], batch=context.params["batch"], kv=kv, chunk=chunk)
-    return {**described, **_score(context, scorer)}
+    return {**described, **_score(context, _scorer(context, path, described["digest"]))}
 
 
 def attribute(context: StageContext) -> Mapping[str, Any]:
@@ -214,7 +224,21 @@ def dense_model(root: Path, dtype: str) -> PreTrainedModel:
         raise ModelError(f"transformers cannot load it: {error}", where=str(root)) from error
 
 
-def _score(context: StageContext, scorer: Scorer) -> dict[str, Any]:
+def _scorer(context: StageContext, path: Path, weights: str, more: int = 0) -> WindowScorer:
+    """Of a model in memory, or of one read block by block where the cell has a ``memory``; ``more`` windows at once."""
+    params, dtype, low_bit = context.params, torch_dtype(context.params["dtype"]), native.is_native(path)
+    batch, memory = params["batch"] + more, params.get("memory")
+    if memory is None:
+        model = facade.load(path, dtype=dtype, kernels="dense") if low_bit else dense_model(path, params["dtype"])
+        return Scorer(model, weights, batch=batch, kv=facade.cache_format(model), chunk=_chunk(params))
+    return by_blocks.BlockScorer(
+        by_blocks.low_bit(path, dtype) if low_bit else by_blocks.dense(path), weights, memory=memory, dtype=dtype,
+        batch=batch, kv=native.settings(path).kv if low_bit else None,
+        on_block=lambda done, total: context.report(done, total, "blocks"),
+    )  # fmt: skip
+
+
+def _score(context: StageContext, scorer: WindowScorer) -> dict[str, Any]:
     windows = _windows(context.params)
     reference = evidence.read_reference(context.input_folder(0))
     tokens, provenance = scorer.score(windows, reference, _counter(context, windows))

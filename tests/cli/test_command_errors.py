@@ -83,6 +83,26 @@ def test_text_that_is_missing_or_too_short(run: Run, llama: Path, text: Path, ch
     assert compared.out == ""
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["confidnce"], "no analysis 'confidnce'\nTry: did you mean 'confidence'?"),
+        (["where,sampling"], "which this comparison does not have\nTry: a study file with a table [sampling], and"),
+        (["confidence"], "answers to questions with choices, which this comparison does not have\nTry: --tasks"),
+        (["where", "--tasks", "lines"], "Try: kl among --tasks"),
+        (["long_context"], "Try: --tasks long"),
+        (["proxy", "--tasks", "kl,lines"], "and 3 candidates or more"),
+    ],
+)
+def test_an_analysis_that_a_comparison_cannot_hold_says_what_is_missing(
+    run: Run, llama: Path, asked: list[str], said: str
+) -> None:
+    ended = run("compare", llama, llama, "--store", "s", "--analyses", *asked)
+    assert (ended.code, ended.out) == (1, "")
+    assert said in ended.err
+    assert not Path("s").exists()  # nothing was run for it
+
+
 @pytest.mark.parametrize("protocol", ["window-32", "windows-2", "sliding-32-64"])
 def test_a_protocol_that_means_nothing(run: Run, llama: Path, checkpoint: Path, protocol: str) -> None:
     ended = run("compare", llama, checkpoint, "--protocol", protocol)

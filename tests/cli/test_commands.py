@@ -90,9 +90,12 @@ def test_compare_with_a_checkpoint_and_the_model_itself(run: Run, llama: Path, c
     assert found["protocol"]["windows"] == 12
     assert Path("report.html").exists()
     assert "report.html" in shown.err  # beside the JSON, not in it
-    again = run(*args, "-o", "md")
+    again = run(*args, "-o", "md", "--analyses", "where,cascades", "--report", "report.html")
     assert again.out.startswith("| Candidate")
     assert "4 were there" in again.err
+    assert again.out.index("### Where the loss is") < again.out.index("### A cascade, token by token")
+    assert "llama needs no cascade to agree with the original" in again.out
+    assert 'id="panel-cascades-0"' in Path("report.html").read_text()
 
 
 def test_generate_streams_what_json_holds(run: Run, checkpoint: Path) -> None:

@@ -17,6 +17,7 @@ from lowbit.cli import main
 from lowbit.errors import EvidenceError, ModelError, RecipeError
 from lowbit.evaluation import cascade as gate
 from lowbit.evaluation.cascade import Gated
+from lowbit.evaluation.metrics.base import Tokens
 from lowbit.formats.heads import CacheFormat
 from lowbit.runtime.cascade import Decided, Reader, cascade, kept
 from lowbit.runtime.kvcache import KVCache
@@ -133,6 +134,21 @@ def test_the_curve_and_the_choice_equal_brute_force() -> None:
     assert (margin < chosen.margin).sum() == (margin < least).sum()
     with pytest.raises(EvidenceError, match="no margin reaches"):
         gate.choose(g._replace(high=np.zeros(400)), 0.97)
+
+
+def test_tokens_go_by_the_candidates_own_margin() -> None:
+    n, rng = 600, np.random.default_rng(0)
+    margin, kept = rng.random(n).astype(np.float32), rng.random(n) < 0.8
+    zero, chunk = np.zeros(n), np.repeat(np.arange(30), 20)
+    columns = dict.fromkeys(("nll", "nll_ref", "kl", "top1_p", "entropy_ref", "margin_ref", "token"), zero)
+    columns |= {"doc": zero, "chunk": chunk, "pos": np.tile(np.arange(20), 30), "top1": kept, "top1_ref": np.ones(n)}
+    gated = gate.of_tokens(Tokens.of(columns | {"margin": margin}))
+    point = gate.at(gated, 0.3)
+    assert point.escalated.estimate == pytest.approx((margin < np.float32(0.3)).mean())
+    assert point.outcome.estimate == pytest.approx(((margin < np.float32(0.3)) | kept).mean())
+    assert point.outcome.clusters == 30
+    with pytest.raises(EvidenceError, match="own margin"):
+        gate.of_tokens(Tokens.of(columns))
 
 
 def test_the_half_that_chose_is_flattered_and_the_other_is_not() -> None:

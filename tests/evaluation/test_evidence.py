@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,7 @@ from lowbit.evaluation.evidence import (
     write_reference,
     write_tokens,
 )  # fmt: skip
+from lowbit.evaluation.metrics.base import Tokens
 from lowbit.evaluation.protocol import Windows
 from lowbit.evaluation.scorer import Scorer
 from tests.evaluation.conftest import KINDS, tiny_model
@@ -61,6 +63,27 @@ def test_tokens_make_the_round_trip(reference: Reference, tmp_path: Path) -> Non
     for name, column in reference.tokens.columns().items():
         assert tokens.columns()[name].dtype == column.dtype
         np.testing.assert_array_equal(tokens.columns()[name], column)
+
+
+def test_a_schema_says_whether_the_candidates_margin_is_there(reference: Reference, tmp_path: Path) -> None:
+    def rewritten(schema: bytes | None, *without: str) -> Tokens:
+        write_tokens(tmp_path, reference.tokens, reference.provenance)
+        table = pq.read_table(tmp_path / TOKENS)
+        metadata = {k: v for k, v in table.schema.metadata.items() if k != b"lowbit.schema"}
+        metadata |= {} if schema is None else {b"lowbit.schema": schema}
+        pq.write_table(table.drop_columns(list(without)).replace_schema_metadata(metadata), tmp_path / TOKENS)
+        return read_tokens(tmp_path)[0]
+
+    old = rewritten(None, "margin")  # as it was written before there was a schema
+    assert old.margin is None
+    np.testing.assert_array_equal(old.kl, reference.tokens.kl)
+    write_tokens(tmp_path, old, reference.provenance)
+    assert read_tokens(tmp_path)[0].margin is None
+    with pytest.raises(EvidenceError, match="schema 3, and this version reads up to 2"):
+        rewritten(b"3")
+    for schema, without in ((b"2", ["margin"]), (None, []), (b"two", []), (b"2", ["kl"])):
+        with pytest.raises(EvidenceError):
+            rewritten(schema, *without)
 
 
 @pytest.mark.parametrize("field", [f.name for f in fields(Provenance)])

@@ -63,6 +63,9 @@ def test_every_column_is_what_full_logits_say(
     near(tokens.top1_p, np.exp(q.max(-1)))
     two = np.exp(np.sort(p, axis=-1)[:, -2:])
     near(tokens.margin_ref, two[:, 1] - two[:, 0])
+    own = np.exp(np.sort(q, axis=-1)[:, -2:])
+    assert tokens.margin is not None
+    near(tokens.margin, own[:, 1] - own[:, 0])
     near(tokens.entropy_ref, -(np.exp(p) * p).sum(-1))
     np.testing.assert_array_equal(tokens.top1_ref, p.argmax(-1))
     np.testing.assert_array_equal(tokens.top1, q.argmax(-1))
@@ -89,6 +92,8 @@ def test_a_model_beside_itself_differs_by_exactly_nothing(kind: str, dtype: torc
     tokens, provenance = scorer.score(windows, reference)
     assert not reference.tokens.kl.any()
     assert tokens.identical
+    np.testing.assert_array_equal(tokens.margin, tokens.margin_ref)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(reference.tokens.margin, tokens.margin_ref)  # type: ignore[arg-type]
     assert provenance == reference.provenance
     assert provenance.dtype == str(dtype).removeprefix("torch.")
 

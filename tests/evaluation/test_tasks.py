@@ -284,10 +284,26 @@ def test_compare_from_end_to_end(
     assert accuracy["n"] == 6
     assert accuracy["delta"] == pytest.approx(accuracy["candidate"] - accuracy["reference"])
     assert (accuracy["rule"], accuracy["floor"]) == ("holm, 2 tests", 0.0)
-    monkeypatch.setattr("sys.argv", command)
+    page = tmp_path / "report.html"
+    monkeypatch.setattr("lowbit.report.page.chart_library", lambda: "")
+    monkeypatch.setattr("sys.argv", [*command, "--analyses", "confidence,disagreement", "--report", str(page)])
     with pytest.raises(SystemExit):
         main()
     shown = capsys.readouterr()
     assert "0 cells computed, 3 were there" in shown.err
     assert "candidate  other  sha" in shown.out
     assert "MDE (80 % power at 5 %): copa" in shown.out
+    places = [shown.out.index(title) for title in ("candidate  other", "How sure, and how rightly so", "Which answers")]
+    assert places == sorted(places)
+    html = page.read_text()
+    assert [html.count(part) for part in ("panel-confidence-0", 'data-table="tasks"', "Δ log-ppl")] == [2, 1, 0]
+    monkeypatch.setattr("sys.argv", [*command, "--tasks", "kl,copa", "--text", str(tmp_path / "data/basic/copa.jsonl"),
+                                     "--protocol", "windows-16", "--windows", "4", "--analyses", "disagreement",
+                                     "--json"])  # fmt: skip
+    with pytest.raises(SystemExit):
+        main()
+    both = json.loads(capsys.readouterr().out)
+    (only,) = both["reports"][0]["candidates"]
+    assert {f["metric"] for f in only["findings"]} >= {"kl"}
+    assert [f["delta"] for f in only["task_findings"]] == [f["delta"] for f in found["candidates"][0]["findings"]]
+    assert [panel["title"] for panel in both["panels"]] == ["Which answers change"]

@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import VOCAB, family_model
 
 from lowbit.errors import CoverageError, RecipeError
 from lowbit.io.native import Writer
-from lowbit.models.source import of_directory
+from lowbit.models.source import of_directory, of_model
 from lowbit.models.store import Files
 from lowbit.pipeline.plan import Plan, Rates, plan
 from lowbit.pipeline.recipe import Recipe, parse, with_calibration
 from lowbit.pipeline.walk import walk
 
 RATES = Rates(flops=1e11, elementwise=1e10, resident=400_000_000)
+WIDTHS = 2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96)  # inputs and outputs of the linears of a block of ``llama``
 LINES = ["rtn:int4-g32", "rtn:int3-g64-sym", "rtn:int8-row", "rtn:nf4-dq", "rtn:mxfp4", "rtn:nvfp4", "rtn:ternary"]
 
 
@@ -87,10 +89,8 @@ def test_memory_grows_by_the_activations_of_the_tokens(llama: Path) -> None:
     """By hand: hidden states, and in a lockstep pass the inputs and outputs of every linear of one block."""
     recipe = with_calibration(parse("gptq:int4-g32"), samples=8, length=64)
     more = with_calibration(recipe, samples=24)
-    d, kv, ffn = 64, 32, 96
-    widths = 2 * (d + d) + 2 * (d + kv) + 3 * (d + ffn)
     grown = of(llama, more).peak - of(llama, recipe).peak
-    assert grown == 16 * 64 * (d + widths) * 4
+    assert grown == 16 * 64 * (64 + WIDTHS) * 4
     assert of(llama, more, dtype=torch.bfloat16).peak < of(llama, more).peak
     assert of(llama, "rtn:int4-g32").peak < of(llama, recipe).peak
 
@@ -98,6 +98,41 @@ def test_memory_grows_by_the_activations_of_the_tokens(llama: Path) -> None:
 def test_memory_is_beside_the_process_that_plans(llama: Path) -> None:
     larger = replace(RATES, resident=RATES.resident + 1000)
     assert of(llama, "gptq:int4-g32", larger).peak == of(llama, "gptq:int4-g32").peak + 1000
+
+
+def test_gradients_take_the_logits_of_a_window(llama: Path) -> None:
+    """By hand: four tensors over the vocabulary, and what one block computes for a window, twice."""
+
+    def fisher(line: str, length: int) -> list[int]:
+        recipe = with_calibration(parse(line), samples=8, length=length)
+        return [stage.memory for stage in of(llama, recipe).stages if stage.name == "Fisher information"]
+
+    assert fisher("gptq:int3-g32", 64) == fisher("gptq:ec3,fisher=false", 64) == []
+    (short,), (long,) = fisher("gptq:ec3", 32), fisher("gptq:ec3", 64)
+    assert long - short == 32 * 4 * (4 * VOCAB + 2 * WIDTHS + 8 * 64)
+
+
+def test_a_block_is_transformed_with_all_its_gram_matrices(llama: Path, families: dict[str, Path]) -> None:
+    def grams(root: Path, line: str) -> tuple[int, int]:
+        memory = {stage.name: stage.memory for stage in of(root, line).stages}
+        return memory["statistics"] - memory["forward passes"], memory["factorisation"] - memory["statistics"]
+
+    wide, narrow = 4 * 96 * 96, 4 * 64 * 64
+    work = 4 * wide + 6 * 4 * 64 * 96  # beside a lockstep pass also what coding a weight takes
+    assert grams(llama, "gptq:int4-g32") == (wide, work)
+    assert grams(llama, "awq+gptq:int4-g32") == (wide + 3 * narrow, work)
+    assert grams(llama, "awq+rtn:int4-g32") == (wide + 3 * narrow, 0)  # qkv, o, gate and up, down
+    assert grams(llama, "tune:int4-g32") == (wide + 3 * narrow, 4 * wide)
+    assert grams(families["mixtral"], "gptq:int4-g32")[0] == 4 * wide  # of four experts
+
+
+def test_mapped_files_count_and_a_model_in_memory_maps_none(llama: Path) -> None:
+    source, recipe = of_directory(llama), parse("rtn:int4-g32")
+    planned = plan(source, recipe, RATES)
+    assert planned.mapped == sum(path.stat().st_size for path in llama.glob("*.safetensors"))
+    held = plan(of_model(family_model("llama")), recipe, RATES)
+    assert held.mapped == 0
+    assert [a.memory - b.memory for a, b in zip(planned.stages, held.stages, strict=True)] == 3 * [planned.mapped]
 
 
 def test_without_true_sequential_only_a_batch_is_inside_a_block(llama: Path) -> None:

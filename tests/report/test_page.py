@@ -23,6 +23,7 @@ from lowbit.evaluation.metrics import agreement, kl, perplexity
 from lowbit.report import page, show, summary, terminal, text, write
 from lowbit.report.charts import NAMED_LINES, charts, named
 from lowbit.report.model import Candidate, Report, StudyReport
+from lowbit.report.panel import Panel
 from lowbit.report.pareto import Point, Standing, standings
 from lowbit.report.scales import log_ticks, symlog, symlog_constant, symlog_ticks
 
@@ -111,6 +112,14 @@ def test_no_difference_without_what_qualifies_it(study: Study) -> None:
 def test_the_noise_floor_is_named_where_unknown_or_zero(study: Study) -> None:
     assert "not measured" in page.render(StudyReport.alone(study(3, noise_floor=None)))
     assert "bit for bit" in page.render(StudyReport.alone(study(3, noise_floor=0.0)))
+
+
+@pytest.mark.parametrize("models", [1, 2])
+def test_what_was_concluded_stands_before_what_it_rests_on(study: Study, models: int) -> None:
+    reports = tuple(study(0, title=f"Model {i}") for i in range(models))
+    shown = page.content(StudyReport("s", "", "c", reports, (Panel("found", "Found", lead=("It is so.",)),))).main
+    assert re.findall('href="#(.*?)"', shown) == ["panel-found", *(f"model-{i}" for i in range(models))]
+    assert re.findall('id="(panel-found|model-.)"', shown)[:2] == ["panel-found", "model-0"]
 
 
 def test_hostile_text_stays_text(hostile_study: Report) -> None:

@@ -59,6 +59,23 @@ def test_the_table_holds_tasks_by_versions(asked: Report) -> None:
     assert "bbq: left out" in html
 
 
+def test_versions_that_only_answered_tasks_have_no_table_of_tokens(asked: Report) -> None:
+    bare = tuple(dataclasses.replace(c, findings=(), kl_by_block=(), kl_by_position=(), flips=())
+                 for c in asked.candidates)  # fmt: skip
+    protocol = dataclasses.replace(asked.protocol, text="", windows=0, length=0, tokens=0, clusters=0)
+    alone = dataclasses.replace(asked, candidates=bare, protocol=protocol)
+    html = page.content(StudyReport.alone(alone)).main
+    titles = re.findall("<h2>(.*?)</h2>", html)
+    assert titles == ["What changed, and what is missing", "What it can still do", "How this was made"]
+    assert "tokens scored" not in html
+    assert "2 of 2 versions got worse" not in html
+    assert "1 of 2 versions got worse" in html
+    for shown in (terminal.plain(alone), terminal.markdown(alone)):
+        assert "log-ppl" not in shown
+        assert shown.lstrip("| ").startswith("Task")
+    assert terminal.plain(asked).endswith(terminal.plain(alone))
+
+
 def test_a_family_is_a_line_before_its_tasks_with_mean_interval_and_counts(asked: Report) -> None:
     first, second, third = asked.candidates
     loss = dataclasses.replace(finding("stereo", "share", 2.0, "worse", None), better="lower")

@@ -13,6 +13,7 @@ from tiny import VOCAB, family_model, save_model
 
 import lowbit
 from lowbit.errors import CheckpointError, RecipeError, StorageError
+from lowbit.io.compress import coded_files, compress
 from lowbit.runtime.linear import QLinear
 from lowbit.runtime.reader import Engine
 from lowbit.runtime.stream_model import Streamed, outline, stream
@@ -83,6 +84,43 @@ def test_other_weights_stream_too(llama: Path, make: Callable[..., Path], recipe
     with torch.inference_mode():
         ours, theirs = opened(root, 1, buffers=1).model(IDS).logits, whole(IDS).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def coded(make: Callable[..., Path], tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Blocks that are worth coding, and the same coded; read only."""
+    folder, wide = tmp_path_factory.mktemp("wide"), {"hidden_size": 128, "intermediate_size": 512}
+    plain = make(save_model(family_model("llama", num_hidden_layers=3, **wide), tokenizer, folder), "rtn:int4-g128")
+    compress(plain, folder / "coded")
+    assert len(coded_files(folder / "coded")) == 4  # the blocks, and what is outside of them
+    return plain, folder / "coded"
+
+
+@pytest.mark.parametrize(("blocks", "streamed"), [(3, 0), (2, 3)])
+def test_coded_shards_are_decoded_as_they_are_used(coded: tuple[Path, Path], blocks: int, streamed: int) -> None:
+    plain, packed = coded
+    whole: Any = lowbit.load(plain, dtype=torch.float32, kernels="dense")
+    found = opened(packed, blocks)
+    assert len(found.schedule.streamed) == streamed
+    assert sum(outline(packed).sizes) <= sum(outline(plain).sizes)
+    assert max(e.length for e in outline(packed).extents) < 0.95 * max(e.length for e in outline(plain).extents)
+    assert said(found.model) == said(whole)
+    if found.ring is not None:  # what is read is what is stored
+        assert {buffer.nbytes for buffer in found.ring.buffers} == {max(e.nbytes for e in found.ring.extents)}
+
+
+def test_coded_bytes_that_change_while_they_stream_are_one_clear_error(
+    coded: tuple[Path, Path], tmp_path: Path
+) -> None:
+    root = copied(coded[1], tmp_path / "copy")
+    found, place = opened(root, 2), outline(root).extents[1]
+    content = bytearray(place.path.read_bytes())
+    content[place.offset + place.length // 2] ^= 1
+    place.path.write_bytes(content)
+    assert found.ring is not None
+    found.ring.acquire(2)  # what was read ahead may still be whole: read anew
+    with pytest.raises(CheckpointError, match=r"lowbit-block-00001.safetensors: cannot be decoded: .*checksum"):
+        found.model(IDS)
 
 
 def test_what_is_held_is_what_was_counted(deep: Path) -> None:

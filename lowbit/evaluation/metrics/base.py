@@ -66,6 +66,8 @@ class Tokens:
     """Probability of the candidate's first choice."""
     entropy_ref: Float32[np.ndarray, " n"]
     """Entropy of the reference's prediction in nats."""
+    margin: Float32[np.ndarray, " n"] | None = None
+    """Probability of the candidate's first choice less that of its second; None where it was not kept."""
 
     def __post_init__(self) -> None:
         n = len(self.doc)
@@ -84,18 +86,19 @@ class Tokens:
     def of(cls, columns: Mapping[str, Any]) -> Tokens:
         """From named columns of any numeric array type (a Parquet table's, say), cast to the stated types.
 
-        Further columns are ignored; a missing one raises EvidenceError.
+        Further columns are ignored; a missing one raises EvidenceError, but for ``margin``.
         """
-        missing = [name for name in _DTYPES if name not in columns]
+        missing = [name for name in _DTYPES if name not in columns and name not in _OPTIONAL]
         if missing:
             raise EvidenceError(f"no column {', '.join(missing)}", where="tokens", fix="score the candidate again")
-        cast = {name: np.asarray(columns[name]).astype(dtype) for name, dtype in _DTYPES.items()}
+        cast = {name: np.asarray(columns[name]).astype(dtype) for name, dtype in _DTYPES.items() if name in columns}
         _require_length(cast)
         return cls(**cast)
 
     def columns(self) -> dict[str, Shaped[np.ndarray, " n"]]:
-        """Every column by name, in the order of the fields."""
-        return {name: getattr(self, name) for name in _DTYPES}
+        """Every column that is there by name, in the order of the fields."""
+        held = {name: getattr(self, name) for name in _DTYPES}
+        return {name: column for name, column in held.items() if column is not None}
 
     def __len__(self) -> int:
         return len(self.doc)
@@ -137,6 +140,7 @@ def _require_length(columns: Mapping[str, Shaped[np.ndarray, ...]]) -> None:
 
 
 _INTEGER = frozenset({"doc", "chunk", "pos", "token", "top1", "top1_ref"})
+_OPTIONAL = frozenset({"margin"})
 _DTYPES = {f.name: np.int32 if f.name in _INTEGER else np.float32 for f in fields(Tokens)}
 
 

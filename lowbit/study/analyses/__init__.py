@@ -19,6 +19,7 @@ ANALYSES: Mapping[str, str] = {
     "calibration": "what the calibration text changes, beside what its seed changes",
     "long_context": "what is found in long contexts, by length and depth",
     "outliers": "outliers of weights, inputs and cache, layer by layer",
+    "cascades": "what a low-bit model keeps and costs, token by token, that asks the original where it is unsure",
     "where": "where the loss is: by layer, position and the original's own confidence",
 }
 """Every analysis, with what it answers; each is the function ``panels`` of the module of its name."""

@@ -110,14 +110,8 @@ def beyond(found: Interval, null: float) -> Interval:
     return found._replace(estimate=found.estimate - null, low=found.low - null, high=found.high - null)
 
 
-def spelled(found: Interval, unit: str = "", *, signed: bool = False) -> str:
-    """A number with its unit and interval, in a sentence."""
-    value, ends = text.estimate(found.estimate, found.low, found.high, signed=signed)
-    return f"{value}{f' {unit}' if unit else ''} {ends}".strip()
-
-
 def estimated(found: Interval, *, signed: bool = False) -> Cell:
-    """The same in a table, whose column has the unit."""
+    """A number with its interval in a table, whose column has the unit; ``judged.spelled`` is for sentences."""
     return Cell(*text.estimate(found.estimate, found.low, found.high, signed=signed))
 
 

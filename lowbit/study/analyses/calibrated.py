@@ -14,7 +14,8 @@ from lowbit.evaluation.statistics import Interval, holm, p_value
 from lowbit.report import text
 from lowbit.report.panel import Curves, Mark
 from lowbit.report.table import Cell, Column, Row, Table
-from lowbit.study.analyses.answered import Part, estimated, spelled
+from lowbit.study.analyses.answered import Part, estimated
+from lowbit.study.analyses.judged import spelled
 
 _PERCENT = 100.0
 _BINS_SHOWN = 10  # of a curve: fewer than of the error, so that each holds enough for an interval

@@ -27,9 +27,8 @@ from lowbit.study.analyses.answered import (
     counted,
     estimated,
     require_choices,
-    spelled,
 )  # fmt: skip
-from lowbit.study.analyses.judged import Statement, claims
+from lowbit.study.analyses.judged import Statement, claims, spelled
 from lowbit.study.view import View
 
 _PAPER = "arXiv:2405.00632"

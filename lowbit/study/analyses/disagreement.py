@@ -33,8 +33,8 @@ from lowbit.study.analyses.answered import (
     counted,
     estimated,
     require_choices,
-    spelled,
 )  # fmt: skip
+from lowbit.study.analyses.judged import spelled
 from lowbit.study.view import Model, View
 
 _PAPER = "arXiv:2204.04220"
@@ -116,7 +116,7 @@ _NOTES = (
     "reported on the other. Bytes are those of both models' weights, each read once for every question that it "
     "answers.",
     "lowbit generate gates every token by its margin over the vocabulary, not a question by that over its choices: "
-    "start there from this threshold, and read the share of tokens that it says it escalated.",
+    "the analysis cascades has the margins for it.",
     "Of the paper's other findings, changes under shifted inputs and after retraining are not tried here.",
 )
 
@@ -218,7 +218,7 @@ def _by_margin(changes: Sequence[_Changed]) -> Curves:
 
 
 def _lead(changes: Sequence[_Changed], routes: Sequence[cascades.Route]) -> Iterator[str]:
-    by_label = {route.version.label: route for route in routes}
+    by_label = {route.label: route for route in routes}
     for one in changes:
         label, n = one.version.label, one.rate.n
         line = f"{label} changes {spelled(one.rate.scaled(100.0), '%')} of the answers, n {n}"

@@ -239,7 +239,7 @@ def _cell(interval: Interval | None, factor: float = 1.0, *, signed: bool = Fals
 
 def _curves(places: Sequence[Place], floor: float | None) -> Curves:
     marks = [
-        Mark(p.candidate.label, k, *f.kl[:3], f"margin {f.low:.3f} to {f.high:.3f}")
+        Mark(p.candidate.label, float(k), *f.kl[:3], f"margin {f.low:.3f} to {f.high:.3f}")
         for p in places
         for k, f in enumerate(p.fifths, 1)
     ]
@@ -253,7 +253,7 @@ def _curves(places: Sequence[Place], floor: float | None) -> Curves:
 
 def _changed(places: Sequence[Place]) -> Curves:
     marks = [
-        Mark(p.candidate.label, k, *f.changed.scaled(100.0)[:3], f"margin {f.low:.3f} to {f.high:.3f}")
+        Mark(p.candidate.label, float(k), *f.changed.scaled(100.0)[:3], f"margin {f.low:.3f} to {f.high:.3f}")
         for p in places
         for k, f in enumerate(p.fifths, 1)
     ]

@@ -102,9 +102,11 @@ def test_the_cascade_does_what_its_threshold_does(panel: Panel, view: View) -> N
     assert re.fullmatch(r"lowbit generate \S+/checkpoints/[0-9a-f]{64} -p … --cascade /models/m,margin=\S+",
                         first["Command"][0])  # fmt: skip
     assert (float(second["Margin"][0]), float(second["Escalated"][0])) == (0, 0)
-    assert any(line == "same needs no cascade to agree with the original on 99 %." for line in panel.lead)
+    assert any(
+        line == "same needs no cascade to agree with the original on 99 % of the questions." for line in panel.lead
+    )
     curve = next(f for f in panel.figures if isinstance(f, Curves) and f.key == "cascade")
     ends = [m for m in curve.marks if m.series == "noisy"]
     assert [ends[0].x, ends[-1].x, ends[-1].value] == pytest.approx([25, 125, 100])
     route = cascades.routes(view.models[0], answered(view.models[0]).versions)[0]
-    assert route.choice.chosen.outcome.estimate >= cascades.WANTED
+    assert route.choices[cascades.WANTED].chosen.outcome.estimate >= cascades.WANTED

@@ -75,7 +75,7 @@ def advise(
     from lowbit.study.store import Store
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    _require_tasks(names, search=search, recipes=recipes)
+    _require_tasks(names, search=search, recipes=recipes, study=study)
     room, per_second = _device(device, memory, bandwidth, unified)
     source = open_model(model, say)
     shape = fit.shape_of(source.config)
@@ -112,11 +112,13 @@ def advise(
         raise typer.Exit(1)
 
 
-def _require_tasks(names: list[str], *, search: bool, recipes: str | None) -> None:
+def _require_tasks(names: list[str], *, search: bool, recipes: str | None, study: str | None) -> None:
     from lowbit.errors import RecipeError
 
     if search and not names:
         raise RecipeError("a search asks tasks", where="--search", fix="--tasks hellaswag,arc_easy --data FOLDER")
+    if search and study is not None:
+        raise RecipeError("a search makes a study of its own", where="--study", fix="--search without it")
     if recipes is not None and not search:
         raise RecipeError("nothing is made without --search", where="--recipes", fix="--search beside it")
 
@@ -147,14 +149,8 @@ def _study(store: Any, model_digest: str, model: str, stage: str) -> str:
     from lowbit.errors import StudyError
 
     names = [
-        name
-        for name in store.studies()
-        if any(
-            model_digest in (cell.params.get("model_digest"), cell.params.get("digest"))
-            and cell.stage == stage and "only" not in cell.params
-            for _, cell in store.cells(name)
-        )
-    ]  # fmt: skip
+        name for name in store.studies() if _measured([cell for _, cell in store.cells(name)], model_digest, stage)
+    ]
     if len(names) != 1:
         raise StudyError(
             f"{len(names)} studies {'asked this model tasks' if stage == 'task' else 'scored this model'}"
@@ -163,6 +159,15 @@ def _study(store: Any, model_digest: str, model: str, stage: str) -> str:
             fix="--study NAME" if names else "lowbit compare MODEL OUT..., or lowbit study run and --store",
         )
     return str(names[0])
+
+
+def _measured(cells: list[Any], model_digest: str, stage: str) -> bool:
+    """Whether a study has scored this model, or put whole tasks to it and to a version of it."""
+    whole = [cell for cell in cells if cell.stage == stage and "only" not in cell.params]
+    if stage != "task":
+        return any(cell.params.get("model_digest") == model_digest for cell in whole)
+    own = {cell.key for cell in whole if not cell.inputs and cell.params.get("digest") == model_digest}
+    return any(cell.inputs and cell.inputs[0] in own and cell.params.get("digest") != model_digest for cell in whole)
 
 
 def _share(text: str) -> float:

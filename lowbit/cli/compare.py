@@ -137,7 +137,11 @@ def _judged(folder: Path, planned: Any, judge: Any) -> dict[str, Any]:
 
 
 def _names(text: str) -> list[str]:
-    """The names of a list, each once."""
+    """The names of a list, each once; none of none. Raises RecipeError for a list of nothing."""
+    from lowbit.errors import RecipeError
+
+    if text and not text.replace(",", "").strip():
+        raise RecipeError(f"{text!r} names nothing", where="--tasks or --analyses", fix="names between commas")
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 

@@ -76,9 +76,13 @@ def follow(
         values, greedy, at = [], [], 0
         for piece in pieces:
             logits = head(piece)
-            asked_for = logits.gather(1, targets[at : at + len(piece)].to(logits.device))
+            column = targets[at : at + len(piece)].to(logits.device)
+            asked_for = logits.gather(1, column)
             highest = logits.amax(-1, keepdim=True)  # vectorised, which argmax is not
-            greedy.append((asked_for == highest).cpu())
+            hit = asked_for == highest
+            tied = hit.any(-1).nonzero()[:, 0]  # with itself, or with a token that comes first
+            hit[tied] &= column[tied] == logits[tied].argmax(-1, keepdim=True)
+            greedy.append(hit.cpu())
             log_z = logits.sub_(highest).exp_().sum(-1, keepdim=True).log_() + highest
             values.append((asked_for - log_z).cpu())
             at += len(piece)
@@ -208,10 +212,12 @@ def parts(lengths: Sequence[int], most: int) -> list[slice]:
     """
     least, start = [0.0], [0]  # of the first i rows: what they cost, and where the last batch of them begins
     for i in range(1, len(lengths) + 1):
-        cost = {
-            j: least[j] + PASS + (i - j) * lengths[j]
-            for j in range(i - 1, max(i - most, 0) - 1, -1) if j == i - 1 or (i - j) * lengths[j] <= TOKENS
-        }  # fmt: skip
+        cost: dict[int, float] = {}
+        for j in range(i - 1, max(i - most, 0) - 1, -1):
+            tokens = (i - j) * lengths[j]
+            if cost and tokens > TOKENS:
+                break
+            cost[j] = least[j] + PASS + tokens
         start.append(min(cost, key=cost.__getitem__))
         least.append(cost[start[-1]])
     cuts, end = [], len(lengths)

@@ -28,6 +28,7 @@ from lowbit.evaluation.head import Head, final_hidden
 from lowbit.evaluation.metrics.base import Tokens
 from lowbit.evaluation.protocol import Windows, in_chunks
 from lowbit.formats.heads import CacheFormat
+from lowbit.runtime.decoding import prepared
 from lowbit.runtime.linear import QLinear
 
 ROWS = 128  # positions projected to the vocabulary at a time
@@ -181,6 +182,12 @@ class Scorer(WindowScorer):
         self, model: PreTrainedModel, weights: str, *,
         batch: int = 1, kv: CacheFormat | None = None, chunk: int | None = None,
     ) -> None:  # fmt: skip
+        if prepared(model):
+            raise EvidenceError(
+                "is prepared for decoding", where=type(model).__name__,
+                why="its last digits are not those that the identity of its scores stands for",
+                fix="lowbit.runtime.decoding.restore(model), or load it again",
+            )  # fmt: skip
         super().__init__(model, weights, batch, kv, chunk)
         self.model = model.eval()
         self._checked = False

@@ -41,25 +41,26 @@ class Sampled(NamedTuple):
 
 def screen(
     measure: Measure, margin: Float[np.ndarray, " n"], budget: int, *, strata: int = STRATA, seed: int = 0,
-    free: Bool[np.ndarray, " n"] | None = None, level: float = 0.95,
+    free: Bool[np.ndarray, " n"] | None = None, most: float = 1.0, level: float = 0.95,
 ) -> Sampled:  # fmt: skip
     """Mean of ``measure`` over all n items from ``budget`` of them, in two stages.
 
     ``margin`` is the reference's. ``free`` marks the items that may be drawn (those not screened before), of all of
-    which the estimate still speaks: they must have been left over at random within each stratum. The interval is for
-    independent items. Raises EvidenceError for a budget below ten items a stratum or above what is free.
+    which the estimate still speaks: they must have been left over at random within each stratum. Of each stratum at
+    most the share ``most`` is drawn, in an order that the seed fixes. The interval is for independent items. Raises
+    EvidenceError for a budget below ten items a stratum, above what may be drawn, or with nothing of a stratum left.
     """
     n = len(margin)
     free = np.ones(n, dtype=np.bool_) if free is None else free
-    if budget < 2 * _LEAST * strata or budget > free.sum():
-        raise EvidenceError(
-            f"a budget of {budget} from {int(free.sum())} items", where="screening",
-            why="a stratum needs ten items for its spread to be known", fix=f"at least {2 * _LEAST * strata}",
-        )  # fmt: skip
     rng, group = np.random.default_rng(seed), quantile_group(margin.astype(np.float64), strata)
     order = [rng.permutation(np.flatnonzero(free & (group == h))) for h in range(strata)]
     size = np.bincount(group, minlength=strata).astype(np.float64)
-    room = np.array([len(o) for o in order])
+    room = np.array([int(most * len(o)) for o in order])
+    if budget < 2 * _LEAST * strata or budget > room.sum() or (room < np.minimum(_LEAST, size)).any():
+        raise EvidenceError(
+            f"a budget of {budget} from {int(room.sum())} items", where="screening",
+            why="a stratum needs ten items for its spread to be known", fix=f"at least {2 * _LEAST * strata}",
+        )  # fmt: skip
     pilot = np.minimum(np.maximum(round(_PILOT * budget / strata), _LEAST), room)
     values = _ask(measure, [o[:k] for o, k in zip(order, pilot, strict=True)])
     more = _allocate(size * _spread(values, size), room, pilot, budget)
@@ -77,7 +78,9 @@ def screen(
     half = float(special.stdtrit(df, (1 + level) / 2)) * se
     items = np.sort(np.concatenate([o[:m] for o, m in zip(order, more, strict=True)]))
     method = f"{strata} strata of margin, t, {df:.0f} df"
-    return Sampled(Interval(estimate, estimate - half, estimate + half, se, len(items), len(items), method), items)
+    # tests take their degrees of freedom from the clusters: as many as the interval has
+    found = Interval(estimate, estimate - half, estimate + half, se, len(items), max(int(df), 1) + 1, method)
+    return Sampled(found, items)
 
 
 class Raced(NamedTuple):
@@ -85,7 +88,7 @@ class Raced(NamedTuple):
 
     name: str
     screened: Interval
-    """On few items, which all candidates shared; decides who goes on, and nothing else."""
+    """On few items, of which the pilot is shared by all candidates; decides who goes on, and nothing else."""
     confirmed: Interval | None
     """On items that had no part in that; None for a candidate that screening ruled out. The intervals hold together
     (Bonferroni over those confirmed), so that the best of them may be read off."""
@@ -103,7 +106,8 @@ def race(
 
     Larger is better; ``out_of`` is ``behind`` unless given. Best first.
     """
-    screened = [(name, screen(measure, margin, few, seed=seed)) for name, measure in measures]
+    # in one order, and at most half of each stratum: however unlike the candidates are, half is left to confirm on
+    screened = [(name, screen(measure, margin, few, seed=seed, most=0.5)) for name, measure in measures]
     out = (out_of or behind)([s.interval for _, s in screened])
     free = np.ones(len(margin), dtype=np.bool_)
     for _, s in screened:

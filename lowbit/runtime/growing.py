@@ -43,6 +43,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """``held`` and ``new``, one behind the other; what is held is a view of the room unless it was replaced."""
         if held is None or held.ndim != 4:  # nothing was written yet
             held = new[:, :, :0]
+        if len(held) != len(new):
+            raise ValueError(f"keys or values of {len(new)} rows behind those of {len(held)}")
         seen, end, room = held.shape[2], held.shape[2] + new.shape[2], self._rooms[which]
         grows = room is not None and held.data_ptr() == room.data_ptr() and len(held) == len(room)
         if room is None or not grows or end > room.shape[2]:

@@ -26,7 +26,8 @@ Answers = tuple[Items, ItemsProvenance]
 def table(store: Store, study: str, model_digest: str, names: Sequence[str], *, overhead: int = 0) -> list[Option]:
     """Every version of one model that has answered the named tasks, by the share of the original's score it loses.
 
-    The score is the mean over the items of all tasks; a version that has not answered all of them is left out.
+    The score is the mean over the items of all tasks; a version that has not answered all of
+    them, or whose files are gone, is left out.
     ``names`` are tasks or families, ``overhead`` what running takes beside the weights, in bytes. Raises StudyError
     where the study has not asked this model, EvidenceError for a task whose score has no better and worse.
     """
@@ -54,7 +55,7 @@ def table(store: Store, study: str, model_digest: str, names: Sequence[str], *, 
     first = next(iter(mine.values()))
     found = [_option(store, ORIGINAL, first, UNHARMED, overhead)]
     for label, answered in versions.items():
-        if answered.keys() == mine.keys():
+        if answered.keys() == mine.keys() and _place(store, next(iter(answered.values()))).exists():
             pairs = [(base[name], _answers(store, cell)) for name, cell in answered.items()]
             found.append(_option(store, label, next(iter(answered.values())), lost(pairs), overhead))
     return found
@@ -114,8 +115,11 @@ def _answers(store: Store, cell: CellRow) -> Answers:
 
 
 def _option(store: Store, label: str, cell: CellRow, loss: Interval, overhead: int) -> Option:
-    where = Path(cell.params["path"]) if "path" in cell.params else store.root / "checkpoints" / cell.inputs[1]
-    return of_checkpoint(label, where, loss, overhead)
+    return of_checkpoint(label, _place(store, cell), loss, overhead)
+
+
+def _place(store: Store, cell: CellRow) -> Path:
+    return Path(cell.params["path"]) if "path" in cell.params else store.root / "checkpoints" / cell.inputs[1]
 
 
 def of_checkpoint(label: str, where: Path, loss: Interval, overhead: int) -> Option:

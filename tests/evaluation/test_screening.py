@@ -93,3 +93,17 @@ def test_equals_are_seldom_ruled_out() -> None:
         raced = screening.race([(f"v{i}", of(row)) for i, row in enumerate(d)], margin, 200, 300, seed=seed)
         wrong += any(r.confirmed is None for r in raced)
     assert wrong <= 7  # 5 % of 60 are 3; with chance 1 % more than 7
+
+
+def test_half_of_every_stratum_is_left_to_confirm_on() -> None:
+    """Changes in one stratum alone draw all of the budget to it; the others' means must not come from nothing."""
+    rng = np.random.default_rng(0)
+    margin = np.sort(rng.random(260))
+    d = np.where(np.arange(260) < 52, rng.choice([-1.0, 0.0, 1.0], 260), 0.0)
+    raced = screening.race([("a", of(d)), ("b", of(-d))], margin, 100, 1000)
+    for one in raced:
+        assert one.confirmed is not None
+        assert np.isfinite(one.confirmed.estimate)
+        assert one.confirmed.low <= (d.mean() if one.name == "a" else -d.mean()) <= one.confirmed.high
+    with pytest.raises(EvidenceError, match="a budget of 60"):
+        screening.screen(of(d), margin, 60, free=margin > margin[60])  # nothing of the first stratum

@@ -17,8 +17,11 @@ from transformers import DynamicCache
 
 import lowbit
 from lowbit import _native
+from lowbit.errors import EvidenceError
+from lowbit.evaluation.scorer import Scorer
 from lowbit.runtime.decoding import prepare, restore
 from lowbit.runtime.decoding.attention import attended, turned
+from lowbit.runtime.decoding.gated import Gated
 from lowbit.runtime.decoding.halves import Half, HalfEmbedding
 from lowbit.runtime.decoding.norm import Norm
 from lowbit.runtime.decoding.products import Products
@@ -296,3 +299,52 @@ def test_streamed_linears_are_left_alone(checkpoint: Path) -> None:
     first.use_only(packed.PACKED)
     prepare(model)
     assert not any(isinstance(module, Swapped) for module in model.modules())
+
+
+def test_a_prepared_model_is_neither_scored_nor_filled() -> None:
+    """Its last digits are not those that a scorer's identity stands for, and 16 bits would round what is loaded."""
+    model = family_model("qwen2")
+    held = {name: value.clone() for name, value in model.state_dict().items()}
+    prepare(model)
+    with pytest.raises(EvidenceError, match="prepared for decoding"):
+        Scorer(model, "it")
+    with pytest.raises(RuntimeError, match="restore"):
+        model.load_state_dict(held)
+    before = written(model)
+    model.double()
+    model.float()  # new storage under the same parameters
+    assert torch.equal(written(model), before)
+    restore(model)
+    model.load_state_dict(held)
+    Scorer(model, "it")
+
+
+class Cut(nn.Module):
+    """A gated feed-forward but for what cuts off large numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(32, 48, bias=False), nn.Linear(32, 48, bias=False)
+        self.down_proj, self.act_fn = nn.Linear(48, 32, bias=False), nn.SiLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up = self.up_proj(x).clamp(-50, 50)
+        found: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * up)
+        return found
+
+
+@torch.inference_mode()
+def test_a_limit_that_few_inputs_reach_is_seen() -> None:
+    module = Cut()
+    for linear_ in (module.gate_proj, module.up_proj, module.down_proj):
+        linear_.weight.data = linear_.weight.data.bfloat16().float()
+    x = 1000 * noise(1, 32)
+    own = module(x)
+    swap(module, Gated)
+    for linear_ in (module.gate_proj, module.up_proj, module.down_proj):
+        swap(linear_, Half)
+        half = linear_.weight.data.bfloat16()
+        del linear_._parameters["weight"]
+        linear_.register_buffer("weight", half)
+    torch.testing.assert_close(module(x), own, rtol=1e-4, atol=1e-3)
+    assert module.same is False

@@ -26,7 +26,7 @@ from lowbit.runtime.decoding.norm import Norm
 from lowbit.runtime.decoding.swap import TOLERANCE, Swapped, swap, swap_back
 from lowbit.runtime.linear import QLinear
 
-__all__ = ["TOLERANCE", "prepare", "restore"]
+__all__ = ["TOLERANCE", "prepare", "prepared", "restore"]
 
 _KINDS: tuple[type[Swapped], ...] = (Norm, Gated, Attention)
 
@@ -47,6 +47,11 @@ def prepare(model: PreTrainedModel) -> None:
             swap(module, kind)
             parents.append(module)
     halve(model, parents)
+
+
+def prepared(model: nn.Module) -> bool:
+    """Whether any of its modules decodes its own way."""
+    return any(isinstance(module, Swapped) for module in model.modules())
 
 
 def restore(model: nn.Module) -> None:

@@ -48,6 +48,7 @@ class Attention(Swapped):
         return (
             {name for name, _ in module.named_children()} == {*_INPUTS, *_OUTPUT}
             and not list(module.parameters(recurse=False))
+            and getattr(getattr(module, "config", None), "clip_qkv", None) is None  # no trial is sure to reach it
             and wanted <= set(_GIVEN) <= {p.name for p in known}
             and isinstance(size, int) and size % _LANES == 0
             and isinstance(number, int) and isinstance(scaling, float)
@@ -67,8 +68,8 @@ class Attention(Swapped):
             and past_key_values is not None
             and self.config._attn_implementation == "sdpa"  # others have other masks
             and (mask is None or (mask.dtype is torch.bool and mask.shape[:3] == (x.shape[0], 1, 1)))
-            and position_embeddings is not None and all(map(readable, position_embeddings))
-            and not any(v for name, v in others.items() if name not in _WITHOUT_MEANING)
+            and isinstance(position_embeddings, tuple) and _angles(position_embeddings, x.shape[0])
+            and all(v is None or v is False for name, v in others.items() if name not in _WITHOUT_MEANING)
         )  # fmt: skip
 
     def _found(
@@ -87,13 +88,15 @@ class Attention(Swapped):
         """Three tokens at once, as the module reads them, and one by one."""
         x, angles = sample(1, 3, width), sample(1, 3, turned)
         cos, sin = angles.cos(), angles.sin()
-        own, _ = super().forward(
+        own = super().forward(
             hidden_states=x, position_embeddings=(cos, sin), attention_mask=None, past_key_values=None
         )
+        if not (isinstance(own, tuple) and len(own) == 2):
+            return False
         cache = DynamicCache()
         tokens = [slice(i, i + 1) for i in range(3)]
         found = [self._step(qkv, out, x[:, i], (cos[:, i], sin[:, i]), None, cache) for i in tokens]
-        return agree(own, torch.cat(found, dim=1))
+        return agree(own[0], torch.cat(found, dim=1))
 
     def _step(
         self,
@@ -109,13 +112,21 @@ class Attention(Swapped):
         return attended(out, q, keys, values, mask, self.scaling)
 
 
+def _angles(given: tuple[Any, ...], rows: int) -> bool:
+    """Cosines and sines of one position a row, or of one for all."""
+    if len(given) != 2 or not all(isinstance(a, Tensor) and readable(a) for a in given):
+        return False
+    cos, sin = given
+    return cos.shape == sin.shape and cos.numel() in (cos.shape[-1], rows * cos.shape[-1])
+
+
 def turned(
     qkv: Products, x: Float[Tensor, "rows 1 d"], angles: Angles, size: int
 ) -> tuple[Heads, Heads, Heads]:  # fmt: skip
     """Queries, keys and values of one token a row, the first two turned by the angles of its position."""
     cos, sin = angles
     rows, numbers = x.shape[0], cos.shape[-1]
-    if cos.shape != sin.shape or cos.numel() not in (numbers, rows * numbers):
+    if not _angles(angles, rows):
         raise ValueError(f"angles of {tuple(cos.shape)} and {tuple(sin.shape)} for {rows} rows")
     y = torch.empty(rows * sum(qkv.rows))
     _native.turned(
@@ -134,6 +145,8 @@ def attended(
     Cost: two products a number of ``q`` and token that is seen. Neither other rows nor hidden tokens change a result.
     """
     rows, heads, width, size = keys.shape
+    if q.shape[0] != rows or values.shape != keys.shape:
+        raise ValueError(f"queries of {q.shape[0]} rows, keys {tuple(keys.shape)}, values {tuple(values.shape)}")
     keys, values = _dense(keys), _dense(values)
     if mask is not None and (mask.shape[-1] != width or mask.stride(-1) != 1):
         mask = mask.expand(rows, 1, 1, width).contiguous()

@@ -14,6 +14,7 @@ from lowbit.runtime.decoding.products import products
 from lowbit.runtime.decoding.swap import Swapped, agree, plain, sample
 from lowbit.runtime.kernels.packed import FEW_TOKENS
 
+_LARGE = 1000  # of a second trial: what cuts large numbers off is not this feed-forward
 _BOTH, _DOWN = ("gate_proj", "up_proj"), ("down_proj",)
 
 
@@ -38,11 +39,13 @@ class Gated(Swapped):
 
     def _found(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"] | None:
         if self.same is None:
-            tried = sample(2, x.shape[-1])
-            found = self._step(tried)
-            if found is None:
+            if products(self, _BOTH, x) is None or products(self, _DOWN, x) is None:
                 return None
-            self.same = agree(self._own(tried), found)
+            self.same = True
+            for size in (1, _LARGE):
+                tried = size * sample(1, x.shape[-1])
+                found = self._step(tried)
+                self.same = self.same and found is not None and agree(self._own(tried), found)
         return self._step(x) if self.same else None
 
     def _step(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"] | None:

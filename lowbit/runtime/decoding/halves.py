@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -18,13 +18,35 @@ from lowbit.runtime.kernels.packed import PACKED, State
 _ROWS = 1024  # looked at together
 
 
-class Half(Swapped):
-    """A linear whose weight is a buffer of 16 bits, so that the model's parameters keep one dtype."""
+class Held(Swapped):
+    """A module whose weight is a buffer of 16 bits, so that the model's parameters keep one dtype.
+
+    A model that is cast leaves it as it is, and none is loaded into it, which would round.
+    """
 
     weight: Tensor
+    state: Any = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Held:
+        self.state, weight = None, self._buffers.pop("weight")
+        assert weight is not None
+        moved: Held = super()._apply(fn, recurse)
+        moved.register_buffer("weight", weight.to(fn(weight[:0]).device))
+        return moved
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        error_msgs.append(f"{prefix}weight is held in 16 bits for decoding: restore(model) first")
+
+
+class Half(Held):
+    """A linear in 16 bits."""
+
     bias: Tensor | None
     trains: bool = False
-    state: State | None = None
+    state: State | None
     kept: ClassVar[tuple[str, ...]] = ("same", "trains", "state")
     fleeting: ClassVar[tuple[str, ...]] = ("state",)
 
@@ -53,12 +75,11 @@ class Half(Swapped):
         return y if self.bias is None else y + self.bias
 
 
-class HalfEmbedding(Swapped):
+class HalfEmbedding(Held):
     """An embedding whose rows are made float32 as they are looked up."""
 
-    weight: Tensor
     trains: bool = False
-    kept: ClassVar[tuple[str, ...]] = ("same", "trains")
+    kept: ClassVar[tuple[str, ...]] = ("same", "trains", "state")
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:

@@ -29,8 +29,9 @@ class Products(NamedTuple):
     def stand(self, module: nn.Module, names: Sequence[str]) -> bool:
         """Whether these are still the module's linears, and still hold what they held."""
         children = module._modules
-        for name, linear, state, bias in zip(names, self.linears, self.states, self.held, strict=True):
-            if children[name] is not linear or not linear.holds(state, bias):
+        for name, linear, state, bias, at in zip(names, self.linears, self.states, self.held, self.biases, strict=True):
+            moved = bias is not None and bias.data_ptr() != at  # a model that was cast keeps the same parameter
+            if children[name] is not linear or not linear.holds(state, bias) or moved:
                 return False
         return True
 

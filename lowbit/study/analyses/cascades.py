@@ -238,7 +238,7 @@ def _typed(route: Route, margin: float) -> str:
     if route.command is None:
         return ""
     out, reference = route.command
-    gate = f" --cascade {shlex.quote(f'{reference},margin={margin:.3g}')}" if margin else ""
+    gate = f" --cascade {shlex.quote(f'{reference},margin={margin:.6g}')}" if margin else ""
     return f"lowbit generate {shlex.quote(out)} -p …{gate}"
 
 

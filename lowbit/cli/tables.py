@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +14,7 @@ from lowbit.cli.options import emit, say
 from lowbit.cli.task_table import show as show_task_table
 from lowbit.errors import StudyError
 from lowbit.report import terminal, write
-from lowbit.report.model import Candidate, Environment, LostItem, Report, ScoringProtocol, StudyReport
+from lowbit.report.model import Candidate, LostItem, Report, ScoringProtocol, StudyReport
 from lowbit.study import assemble, task_table
 from lowbit.study.analyse import analyse
 from lowbit.study.grid import Grid
@@ -28,9 +25,6 @@ from lowbit.study.tasks import TaskGrid
 from lowbit.study.view import Model, View
 
 Output = Literal["auto", "plain", "md", "json", "none"]
-LOST = 20
-"""Items of tasks that are shown of each candidate."""
-_PACKAGES = ("lowbit", "torch", "transformers")
 
 
 def show_reports(
@@ -68,7 +62,7 @@ def show_answers(
         raise StudyError("no task is asked", where=name, fix="a comparison with --tasks")
     with Store(folder, create=False) as store:
         table = task_table.table(store, grid.tasks)
-        report = _of_answers(name, grid, grid.tasks, table, task_table.lost(store, grid.tasks, LOST))
+        report = _of_answers(name, grid, grid.tasks, table, task_table.lost(store, grid.tasks, assemble.LOST))
         panels = analyse(View(name, [Model(store, grid, report)]), analyses)
         left = work(store, grid.tasks.cells)
     found = StudyReport(name, report.created, report.command, (report,), tuple(panels), left)
@@ -94,10 +88,10 @@ def _of_answers(
     dtype = next(iter(asked.reference.values())).params["dtype"]
     return Report(
         title=f"{grid.model}: {len(candidates)} version{'s' if len(candidates) != 1 else ''} beside the original",
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), command=_command(), study_name=name,
+        created=assemble.now(), command=_command(), study_name=name,
         reference=reference, candidates=tuple(candidates), noise_floor=None,
         protocol=ScoringProtocol("", "", 0, 0, 0, 0, dtype),
-        environment=Environment(tuple((p, version_of(p)) for p in _PACKAGES), platform.platform()),
+        environment=assemble.environment(),
         multiplicity_rule="holm", task_notes=table.notes,
         families=tuple((chosen.task.name, chosen.task.family) for chosen in asked.tasks),
     )  # fmt: skip

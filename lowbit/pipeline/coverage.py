@@ -43,6 +43,11 @@ class Coverage:
         """What the codes of all of them take; a lower bound where a method decides by the inputs (llmint8)."""
         return sum(code_bytes(treatment, site.shape) for site, treatment in self.treated.values())
 
+    @property
+    def kept_nbytes(self) -> int:
+        """What stays in 16 bits takes."""
+        return 2 * (self.parameters - self.quantized)
+
     def in_block(self, block: str) -> dict[str, tuple[Site, Treatment]]:
         return {name: value for name, value in self.treated.items() if name.startswith(block + ".")}
 

@@ -122,11 +122,10 @@ def plan(source: Source, recipe: Recipe, rates: Rates, dtype: torch.dtype = torc
     coverage = audit(source, recipe)
     treated = list(coverage.treated.values())
     low = coverage.nbytes
-    kept = 2 * (coverage.parameters - coverage.quantized)
     tokens = recipe.calibration.samples * recipe.calibration.length if recipe.calibrated else 0
     return Plan(
         sites=len(treated), parameters=coverage.parameters, quantized=coverage.quantized, bytes_quantized=low,
-        bytes_kept=kept, 
+        bytes_kept=coverage.kept_nbytes, 
         bits_per_weight=8 * low / coverage.quantized if coverage.quantized else 16.0,
         bytes_source_16bit=2 * coverage.parameters, mapped=_mapped(source),
         stages=tuple(_stages(source, recipe, coverage, rates, tokens, dtype)), kept=coverage.kept,

@@ -19,7 +19,7 @@ from lowbit.formats.activation import ActivationFormat, Input
 from lowbit.formats.qtensor import QTensor, build
 from lowbit.formats.spec import Spec
 from lowbit.runtime.gradients import Product, StraightThrough
-from lowbit.runtime.inner import Inner as Inner
+from lowbit.runtime.inner import Inner
 from lowbit.runtime.kernels import REFERENCE, Kernel, check_policy, choose
 from lowbit.runtime.kernels.packed import PACKED, State
 

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from lowbit.errors import CheckpointError
 from lowbit.io.layout import read_shard
-from lowbit.runtime.linear import Inner
+from lowbit.runtime.inner import Inner
 from lowbit.runtime.reader import disk_rate
 from lowbit.runtime.schedule import Prediction, Rates, Schedule
 from lowbit.runtime.stream_kernel import PANELS

@@ -34,7 +34,7 @@ from lowbit.study.view import Model, View
 
 _CONTEXT = 16  # tokens shown before a flip
 _FLIPS = 12
-_LOST = 20  # items of tasks that are shown of each candidate
+LOST = 20  # items of tasks that are shown of each candidate
 _PACKAGES = ("lowbit", "torch", "transformers", "safetensors", "numpy", "scipy")
 
 
@@ -69,7 +69,7 @@ def report(store: Store, name: str, grid: Grid, rule: str = "holm", command: str
         candidates, task_notes = _with_tasks(store, grid.tasks, candidates, rule)
     return view.Report(
         title=f"{grid.model}: {len(scored)} version{'s' if len(scored) != 1 else ''} beside the original",
-        created=_now(),
+        created=now(),
         command=command,
         study_name=name,
         reference=_reference(grid.model, output),
@@ -84,7 +84,7 @@ def report(store: Store, name: str, grid: Grid, rule: str = "holm", command: str
             clusters=len(np.unique(ref_tokens.cluster)),
             dtype=output["dtype"],
         ),
-        environment=view.Environment(tuple((p, version(p)) for p in _PACKAGES), _machine()),
+        environment=environment(),
         multiplicity_rule=rule,
         configuration=_configuration(grid, output, [entry for entry, _, _ in scored.values()]),
         digests=_digests(output, {label: _output(row) for label, (_, row, _) in scored.items()}),
@@ -112,15 +112,21 @@ def study(
         return None
     panels = analyse(View(name, models), analyses)
     reports, left = tuple(m.report for m in models), work(store, [cell for grid in grids for cell in grid.cells])
-    return view.StudyReport(name, _now(), command, reports, tuple(panels), left)
+    return view.StudyReport(name, now(), command, reports, tuple(panels), left)
 
 
 def unscored(name: str, left: Work, command: str = "") -> view.StudyReport:
     """The report of a study of which nothing is scored yet: how far it is, and nothing else."""
-    return view.StudyReport(name, _now(), command, (), (), left)
+    return view.StudyReport(name, now(), command, (), (), left)
 
 
-def _now() -> str:
+def environment() -> view.Environment:
+    """The packages that numbers depend on, and the machine that a report is made on."""
+    return view.Environment(tuple((p, version(p)) for p in _PACKAGES), _machine())
+
+
+def now() -> str:
+    """The moment that a report is made, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -156,7 +162,7 @@ def _with_tasks(
     """The candidates with what they answered, and notes; adjusted over the candidates that stand in the report."""
     shown = {c.label for c in candidates}
     asked = replace(asked, versions=tuple(v for v in asked.versions if v.label in shown))
-    found, lost = task_table.table(store, asked, rule), task_table.lost(store, asked, _LOST)
+    found, lost = task_table.table(store, asked, rule), task_table.lost(store, asked, LOST)
     told = tuple(replace(c, task_findings=tuple(found.rows[c.label]), lost_items=lost[c.label]) for c in candidates)
     return told, found.notes
 

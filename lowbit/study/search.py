@@ -73,7 +73,7 @@ class Pool(NamedTuple):
 def bytes_of(source: Source, recipe: Recipe) -> int:
     """What the checkpoint of a recipe will take, headers aside. Raises what :func:`audit` raises."""
     found = audit(source, recipe)
-    return found.nbytes + 2 * (found.parameters - found.quantized)
+    return found.nbytes + found.kept_nbytes
 
 
 def search(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,10 @@ Histogram = Int[np.ndarray, "256"]
 CODECS = ("constant", "raw", "tans", "ranked")
 REPEAT = 4096
 """Codes that one stored byte of a constant field stands for; no codec decodes to more, of more than 64 kB."""
+PIECE = 6 << 17
+"""Codes that are decoded before they are joined: few enough to stay in cache until then."""
+_TOGETHER = 6  # segments that the decoder runs side by side
+_PIECES = 128  # of a field at most, as each looks at the heads of all segments
 _COLUMNS = 4096
 _ALPHABET = 64  # symbols that one table of the coder holds
 _GAIN = 0.995  # a coded field must be at least this much smaller than a raw one: reading raw bytes is free
@@ -115,11 +120,28 @@ def encode(codes: Bytes, part: Part) -> Blob:
     return Blob(chosen, data, codes.size)
 
 
-def decode(blob: Blob, part: Part) -> Bytes:
-    """The codes of a field; FormatError, before allocating, unless the bytes are those of ``blob.codes`` codes."""
+Codes = Callable[[int, Bytes, int], Bytes]
+"""Codes of a field from one on, as many as the given memory holds, by a number of threads: decoded into it, or where
+they lie already."""
+
+
+class Field(NamedTuple):
+    """A field to be decoded, best in runs of ``piece`` codes (0: of any number), which begin at multiples of it."""
+
+    codes: Codes
+    piece: int = 0
+
+
+def opened(blob: Blob, part: Part) -> Field:
+    """A field to be decoded; FormatError, before allocating, unless the bytes are those of ``blob.codes`` codes."""
     if blob.codes > REPEAT * max(16, blob.data.size):
         raise FormatError(f"{blob.data.size} bytes cannot hold {blob.codes} codes")
-    return _DECODERS[blob.codec](blob.data, part, blob.codes)
+    return _OPENERS[blob.codec](blob.data, part, blob.codes)
+
+
+def decode(blob: Blob, part: Part, threads: int = 1) -> Bytes:
+    """The codes of a field; raises FormatError as :func:`opened` does."""
+    return opened(blob, part).codes(0, np.empty(blob.codes, np.uint8), threads)
 
 
 def fit(data: Bytes, dtype: str) -> Layout | None:
@@ -152,9 +174,35 @@ def encode_tensor(data: Bytes, dtype: str) -> tuple[Layout, list[Blob]] | None:
     return (chosen, blobs) if sum(b.data.size for b in blobs) + _ENTRY < _GAIN * data.size else None
 
 
-def decode_tensor(chosen: Layout, blobs: Sequence[Blob]) -> Bytes:
-    """The bytes of a tensor; the inverse of :func:`encode_tensor`. Raises FormatError."""
-    return chosen.join([decode(blob, part) for blob, part in zip(blobs, chosen.parts, strict=True)])
+def decode_tensor(chosen: Layout, blobs: Sequence[Blob], threads: int | None = None) -> Bytes:
+    """The bytes of a tensor; the inverse of :func:`encode_tensor`. Raises FormatError.
+
+    By up to ``threads`` threads (None: torch's number), piece by piece where fields are in the order of the records:
+    then the result is the only memory that is touched for the first time, which costs as much as to decode into it.
+    """
+    threads = threads or torch.get_num_threads()
+    fields = [opened(blob, part) for blob, part in zip(blobs, chosen.parts, strict=True)]
+    into, width, records = chosen.into, chosen.width, blobs[0].codes
+    if into is None or any(blob.codes != records for blob in blobs):  # then joining says what is wrong
+        counts = (blob.codes for blob in blobs)
+        return chosen.join([f.codes(0, np.empty(n, np.uint8), threads) for f, n in zip(fields, counts, strict=True)])
+    out, piece = np.empty(records * width, np.uint8), max(field.piece for field in fields) or PIECE
+    starts = range(0, records, piece)
+    threads = min(threads, len(starts))
+
+    def join(mine: range) -> None:
+        buffers = [np.empty(min(piece, records) if width > 1 else 0, np.uint8) for _ in fields]
+        for first in mine:
+            place = out[first * width : (first + piece) * width]
+            memory = (place if width == 1 else buffer[: place.size // width] for buffer in buffers)
+            into([field.codes(first, to, 1) for field, to in zip(fields, memory, strict=True)], place)
+
+    if threads <= 1:
+        join(starts)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(join, [starts[k::threads] for k in range(threads)]))
+    return out
 
 
 def _sample(data: Bytes, width: int) -> Bytes:
@@ -170,10 +218,15 @@ def _encode_constant(codes: Bytes, part: Part, counts: Histogram) -> Bytes:
     return np.full(math.ceil(codes.size / REPEAT), codes[0], np.uint8)
 
 
-def _decode_constant(data: Bytes, part: Part, count: int) -> Bytes:
+def _open_constant(data: Bytes, part: Part, count: int) -> Field:
     if data.size != math.ceil(count / REPEAT) or not count or (data != data[0]).any():
         raise FormatError(f"{data.size} bytes are no constant of {count} codes")
-    return np.full(count, data[0], np.uint8)
+
+    def codes(first: int, out: Bytes, threads: int) -> Bytes:
+        out.fill(data[0])
+        return out
+
+    return Field(codes)
 
 
 def _encode_raw(codes: Bytes, part: Part, counts: Histogram) -> Bytes:
@@ -183,10 +236,15 @@ def _encode_raw(codes: Bytes, part: Part, counts: Histogram) -> Bytes:
     return pack_bits(np.pad(codes, (0, -codes.size % per)), part.bits)
 
 
-def _decode_raw(data: Bytes, part: Part, count: int) -> Bytes:
+def _open_raw(data: Bytes, part: Part, count: int) -> Field:
     if data.size != raw_bytes(count, part.bits):
         raise FormatError(f"{data.size} bytes are not {count} codes of {part.bits} bits")
-    return data if part.bits == 8 else unpack_bits(data, part.bits)[:count]
+    return _there(data if part.bits == 8 else unpack_bits(data, part.bits))
+
+
+def _there(codes: Bytes) -> Field:
+    """Codes that need no decoding any more."""
+    return Field(lambda first, out, threads: codes[first : first + out.size])
 
 
 def _encode_tans(codes: Bytes, part: Part, counts: Histogram) -> Bytes:
@@ -199,13 +257,23 @@ def _encode_tans(codes: Bytes, part: Part, counts: Histogram) -> Bytes:
     return np.ascontiguousarray(stream.encode(matrix).numpy())
 
 
-def _decode_tans(data: Bytes, part: Part, count: int) -> Bytes:
-    blob = torch.from_numpy(data)
+def _open_tans(data: Bytes, part: Part, count: int) -> Field:
+    blob, columns = torch.from_numpy(data), geometry(count)[1]
     if not count or stream.shape(blob) != geometry(count):
         raise FormatError(f"the stream is not one of {count} codes")
     dtype = torch.int8 if part.signed else torch.uint8
-    found: Bytes = stream.decode(blob, dtype=dtype).view(torch.uint8).numpy().reshape(-1)
-    return found[:count]
+    segment = stream.segment_rows(blob) * columns
+    segments = max(PIECE, count // _PIECES) // segment if segment else 0
+    if not segments or not stream.fits(blob, dtype):
+        return _there(stream.decode(blob, dtype=dtype).view(torch.uint8).numpy().reshape(-1))
+
+    def codes(first: int, out: Bytes, threads: int) -> Bytes:
+        rows = math.ceil(out.size / columns)
+        whole = out if out.size == rows * columns else np.empty(rows * columns, np.uint8)
+        stream.decode_rows(blob, first // columns, torch.from_numpy(whole).view(dtype).view(rows, columns), threads)
+        return out if whole is out else whole[: out.size]
+
+    return Field(codes, segment * (segments // _TOGETHER * _TOGETHER or segments))
 
 
 def _encode_ranked(codes: Bytes, part: Part, counts: Histogram) -> Bytes:
@@ -218,20 +286,19 @@ def _encode_ranked(codes: Bytes, part: Part, counts: Histogram) -> Bytes:
     return np.concatenate([np.array([symbols.size - 1], np.uint8), symbols, coded])
 
 
-def _decode_ranked(data: Bytes, part: Part, count: int) -> Bytes:
+def _open_ranked(data: Bytes, part: Part, count: int) -> Field:
     used = int(data[0]) + 1 if data.size else 0
     if data.size <= used:
         raise FormatError("the list of symbols is cut short")
     symbols = np.zeros(256, np.uint8)
     symbols[:used] = data[1 : 1 + used]
-    ranks = _decode_tans(np.ascontiguousarray(data[1 + used :]), Part(part.name, part.codes, 8), count)
-    found: Bytes = symbols[ranks]
-    return found
+    ranks = _open_tans(np.ascontiguousarray(data[1 + used :]), Part(part.name, part.codes, 8), count)
+    return Field(lambda first, out, threads: symbols[ranks.codes(first, out, threads)], ranks.piece)
 
 
 _ENCODERS: dict[str, Callable[[Bytes, Part, Histogram], Bytes]] = {
     "constant": _encode_constant, "raw": _encode_raw, "tans": _encode_tans, "ranked": _encode_ranked,
 }  # fmt: skip
-_DECODERS: dict[str, Callable[[Bytes, Part, int], Bytes]] = {
-    "constant": _decode_constant, "raw": _decode_raw, "tans": _decode_tans, "ranked": _decode_ranked,
+_OPENERS: dict[str, Callable[[Bytes, Part, int], Field]] = {
+    "constant": _open_constant, "raw": _open_raw, "tans": _open_tans, "ranked": _open_ranked,
 }  # fmt: skip

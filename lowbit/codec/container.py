@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from lowbit.errors import CheckpointError, FormatError
 
 _LARGEST_HEADER = 100_000_000  # as in safetensors itself
 _AHEAD = 2  # tensors that are read before they are asked for, beyond those being decoded
+_CHUNK = 4 << 20  # bytes that are read before they are checked: few calls, and not yet far from the processor
 
 
 def is_coded(path: Path) -> bool:
@@ -44,36 +46,36 @@ def is_coded(path: Path) -> bool:
         return False
 
 
-def open_tensors(path: Path) -> Any:
-    """A safetensors file, coded or plain, behind the interface of ``safe_open``.
+def open_tensors(path: Path, framework: str = "pt", device: Any = "cpu", **options: Any) -> Any:
+    """A safetensors file, coded or plain, behind the interface of ``safe_open``, whose ``options`` are for plain ones.
 
     Raises SafetensorError or OSError for what is neither, CheckpointError for a damaged coded file.
     """
-    plain = safe_open(path, framework="pt")
-    return Reader(path) if CODED in (plain.metadata() or {}) else plain
+    plain = safe_open(path, framework=framework, device=device, **options)
+    return Reader(path, device) if CODED in (plain.metadata() or {}) else plain
 
 
 class Reader:
     """A coded file, opened and checked but for its contents, which are checked as they are read.
 
     It answers like a file of ``safetensors.safe_open`` (``keys``, ``metadata``, ``get_tensor``, ``get_slice``), and
-    tensors come out as those of the original file. Raises CheckpointError naming file and tensor. Reads do not share a
-    position: threads may use one reader.
+    tensors come out as those of the original file, on ``device``. Raises CheckpointError naming file and tensor. Reads
+    do not share a position: threads may use one reader.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
+        self.path, self.device = path, device
         self._file: FileIO | None = None
         try:
             with safe_open(path, framework="pt"):
                 pass  # safetensors' own rules first: no overlaps, no holes, nothing beyond the end
             self._file = path.open("rb", buffering=0)
             size = os.fstat(self._file.fileno()).st_size
-            length = int.from_bytes(self._pread(0, 8), "little")
+            length = int.from_bytes(self._pread(0, 8)[0], "little")
             if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
                 raise FormatError(f"a header of {length} bytes in a file of {size}")
             self.begin = 8 + length
-            self.header: Header = parse(bytes(self._pread(8, length)), size - self.begin)
+            self.header: Header = parse(bytes(self._pread(8, length)[0]), size - self.begin)
             self.rest = self._rest()
             self._plain_metadata = parse_plain(self.header, self.rest)
         except (SafetensorError, OSError, FormatError) as error:
@@ -110,32 +112,47 @@ class Reader:
 
     def get_tensor(self, name: str) -> Tensor:
         """A tensor of the original file; blocks of a GGUF file are bytes, one row of them a row."""
-        return as_tensor(self._entry(name), self.read(name))
+        return as_tensor(self._entry(name), self.read(name)).to(self.device)
 
     def read(self, name: str) -> Bytes:
         """The bytes that the tensor has in the original file. Cost: its stored bytes are read once and checked."""
-        entry, stored = self._entry(name), self.stored(name)
-        with self._naming(name):
-            return decoded(entry, stored)
+        return self._decoded(self._entry(name), self.stored(name), torch.get_num_threads())
 
-    def stored(self, name: str) -> Bytes:
-        """The bytes of a tensor as they are stored, checked; its fields lie in them."""
+    def stored(self, name: str, memory: Bytes | None = None) -> Bytes:
+        """The bytes of a tensor as they are stored, checked; its fields lie in them. In ``memory`` if it is enough."""
         entry = self._entry(name)
         with self._naming(name):
-            return self._checked(entry.begin, entry.end, entry.crc)
+            return self._checked(entry.begin, entry.end, entry.crc, memory)
 
     def read_all(self, names: list[str] | None = None, workers: int = 2) -> Iterator[tuple[str, Bytes]]:
-        """Tensors in the given order (default: that of the file), read and decoded ahead by ``workers`` threads."""
-        waiting = iter(self.keys() if names is None else names)
-        with ThreadPoolExecutor(workers) as pool:
-            queue: list[tuple[str, Future[Bytes]]] = []
+        """Tensors in the given order (default: that of the file), ahead of who asks for them.
+
+        One thread reads, in order and all the time, what ``workers`` others decode. ``workers`` and three tensors are
+        held at most, and as many times the coded bytes of one, in memory that is used again.
+        """
+        threads, free = max(1, torch.get_num_threads() // workers), list[Bytes]()
+
+        def read(entry: Entry) -> Bytes:
+            return self.stored(entry.name, free.pop() if entry.layout is not None and free else None)
+
+        def decode(entry: Entry, stored: Future[Bytes]) -> Bytes:
+            memory = stored.result()
+            data = self._decoded(entry, memory, threads)
+            if entry.layout is not None:
+                free.append(memory if memory.base is None else memory.base)
+            return data
+
+        with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(workers) as decoding:
+            queue: deque[tuple[str, Future[Bytes]]] = deque()
             try:
-                for name in waiting:
-                    queue.append((name, pool.submit(self.read, name)))
+                for name in self.keys() if names is None else names:
+                    entry = self._entry(name)
+                    queue.append((name, decoding.submit(decode, entry, reading.submit(read, entry))))
                     if len(queue) > workers + _AHEAD:
-                        first, future = queue.pop(0)
+                        first, future = queue.popleft()
                         yield first, future.result()
-                for first, future in queue:
+                while queue:
+                    first, future = queue.popleft()
                     yield first, future.result()
             finally:
                 for _, future in queue:
@@ -156,7 +173,7 @@ class Reader:
     def check_padding(self) -> None:
         """Raise CheckpointError unless what holds nothing is zero, so that no byte of a file goes unnoticed."""
         for name, (begin, end) in self.header.pads.items():
-            if self._pread(self.begin + begin, end - begin).any():
+            if self._pread(self.begin + begin, end - begin)[0].any():
                 raise CheckpointError("padding is not zero", where=f"{self.path}: {name}", why="it was altered")
 
     @contextmanager
@@ -187,19 +204,28 @@ class Reader:
             raise FormatError(f"{REST} does not hold the {nbytes} bytes that it should")
         return rest
 
-    def _checked(self, begin: int, end: int, crc: int) -> Bytes:
-        return checked(self._pread(self.begin + begin, end - begin), crc)
+    def _decoded(self, entry: Entry, stored: Bytes, threads: int) -> Bytes:
+        with self._naming(entry.name):
+            return decoded(entry, stored, threads)
 
-    def _pread(self, begin: int, size: int) -> Bytes:
+    def _checked(self, begin: int, end: int, crc: int, memory: Bytes | None = None) -> Bytes:
+        data, found = self._pread(self.begin + begin, end - begin, memory)
+        require(found, crc)
+        return data
+
+    def _pread(self, begin: int, size: int, memory: Bytes | None = None) -> tuple[Bytes, int]:
+        """Bytes of the file and their checksum, taken of each piece while it is in cache."""
         assert self._file is not None  # while it is open
-        data = np.empty(size, np.uint8)
-        view, done = data.data, 0
+        data = np.empty(size, np.uint8) if memory is None or memory.size < size else memory[:size]
+        done = crc = 0
         while done < size:
-            got = os.preadv(self._file.fileno(), [view[done:]], begin + done)
+            piece = data[done : done + _CHUNK]
+            got = os.preadv(self._file.fileno(), [piece.data], begin + done)
             if not got:
                 raise FormatError(f"the file ends at byte {begin + done}")
+            crc = crc32c(piece[:got], crc)
             done += got
-        return data
+        return data, crc
 
 
 @dataclass(frozen=True)
@@ -221,20 +247,25 @@ class Slice:
 
 def checked(stored: Bytes, crc: int) -> Bytes:
     """The bytes themselves; raises FormatError unless they have their checksum."""
-    if crc32c(stored) != crc:
-        raise FormatError("its bytes do not have their checksum")
+    require(crc32c(stored), crc)
     return stored
 
 
-def decoded(entry: Entry, stored: Bytes) -> Bytes:
+def require(found: int, crc: int) -> None:
+    """Raise FormatError unless what bytes have is the checksum that they should."""
+    if found != crc:
+        raise FormatError("its bytes do not have their checksum")
+
+
+def decoded(entry: Entry, stored: Bytes, threads: int | None = None) -> Bytes:
     """The bytes of a tensor in the original, from those that are stored; the same array where nothing was coded.
 
-    Raises FormatError for what cannot be decoded.
+    By up to ``threads`` threads (None: torch's number). Raises FormatError for what cannot be decoded.
     """
     if entry.layout is None:
         return stored
     fields = [Blob(f.codec, stored[f.begin : f.begin + f.length], f.codes) for f in entry.fields]
-    return decode_tensor(layout(entry.layout), fields)
+    return decode_tensor(layout(entry.layout), fields, threads)
 
 
 def as_tensor(entry: Entry, data: Bytes) -> Tensor:

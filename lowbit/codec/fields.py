@@ -24,6 +24,7 @@ Bytes = UInt8[np.ndarray, "_"]
 """The bytes of a tensor, or codes of at most eight bits."""
 Split = Callable[[Bytes], tuple[Bytes, ...]]
 Join = Callable[[Sequence[Bytes]], Bytes]
+Into = Callable[[Sequence[Bytes], Bytes], None]
 
 
 class Part(NamedTuple):
@@ -37,19 +38,35 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Records of ``width`` bytes as fields. ``split`` takes whole records; the order of codes in a field is its own."""
+    """Records of ``width`` bytes as fields. ``split`` takes whole records; the order of codes in a field is its own.
+
+    Where every field has one code a record, in the order of the records, ``into`` joins any run of them into its place:
+    codes, then the bytes to be written. A field may be the very memory of the place where records are of one byte.
+    """
 
     name: str
     width: int
     parts: tuple[Part, ...]
     split: Split
     join: Join
+    into: Into | None = None
 
     def counts(self, nbytes: int) -> tuple[int, ...] | None:
         """How many codes every field has for a tensor of ``nbytes``; None when these are no whole records."""
         if nbytes % self.width:
             return None
         return tuple(nbytes // self.width * part.codes for part in self.parts)
+
+
+def _in_order(name: str, parts: tuple[Part, ...], split: Split, into: Into) -> Layout:
+    """A layout with a code a record in each field: ``join`` is ``into`` of all."""
+
+    def join(fields: Sequence[Bytes]) -> Bytes:
+        out = np.empty(len(parts) * fields[0].size, np.uint8)
+        into([np.ascontiguousarray(field) for field in fields], out)
+        return out
+
+    return Layout(name, len(parts), parts, split, join, into)
 
 
 def candidates(dtype: str) -> tuple[str, ...]:
@@ -66,12 +83,9 @@ def _split_bf16(data: Bytes) -> tuple[Bytes, ...]:
     return (word >> 7).astype(np.uint8), ((word >> 8) & 0x80 | word & 0x7F).astype(np.uint8)
 
 
-def _join_bf16(fields: Sequence[Bytes]) -> Bytes:
-    exponent, rest = map(np.ascontiguousarray, fields)
-    out = np.empty(exponent.size, "<u2")
-    _native.join_bf16(exponent, rest, out)
-    joined: Bytes = out.view(np.uint8)
-    return joined
+def _join_bf16(fields: Sequence[Bytes], out: Bytes) -> None:
+    exponent, rest = fields
+    _native.join_bf16(exponent, rest, out.view("<u2"))
 
 
 def _split_fp16(data: Bytes) -> tuple[Bytes, ...]:
@@ -79,12 +93,9 @@ def _split_fp16(data: Bytes) -> tuple[Bytes, ...]:
     return (high & 0x7C) << 1 | high >> 7 << 2 | high & 3, np.ascontiguousarray(low)
 
 
-def _join_fp16(fields: Sequence[Bytes]) -> Bytes:
-    high, low = map(np.ascontiguousarray, fields)
-    out = np.empty(high.size, "<u2")
-    _native.join_fp16(high, low, out)
-    joined: Bytes = out.view(np.uint8)
-    return joined
+def _join_fp16(fields: Sequence[Bytes], out: Bytes) -> None:
+    high, low = fields
+    _native.join_fp16(high, low, out.view("<u2"))
 
 
 def _split_fp32(data: Bytes) -> tuple[Bytes, ...]:
@@ -93,31 +104,27 @@ def _split_fp32(data: Bytes) -> tuple[Bytes, ...]:
     return (word >> 23).astype(np.uint8), sign, (word >> 8).astype(np.uint8), word.astype(np.uint8)
 
 
-def _join_fp32(fields: Sequence[Bytes]) -> Bytes:
-    exponent, rest, middle, low = map(np.ascontiguousarray, fields)
-    out = np.empty(exponent.size, "<u4")
-    _native.join_fp32(exponent, rest, middle, low, out)
-    joined: Bytes = out.view(np.uint8)
-    return joined
+def _join_fp32(fields: Sequence[Bytes], out: Bytes) -> None:
+    exponent, rest, middle, low = fields
+    _native.join_fp32(exponent, rest, middle, low, out.view("<u4"))
 
 
 def _split_e4m3(data: Bytes) -> tuple[Bytes, ...]:
     return ((data & 0x78) << 1 | data >> 7 << 3 | data & 7,)
 
 
-def _join_e4m3(fields: Sequence[Bytes]) -> Bytes:
+def _join_e4m3(fields: Sequence[Bytes], out: Bytes) -> None:
     (code,) = fields
-    found: Bytes = code >> 1 & 0x78 | (code & 8) << 4 | code & 7
-    return found
+    out[:] = code >> 1 & 0x78 | (code & 8) << 4 | code & 7
 
 
 def _split_e5m2(data: Bytes) -> tuple[Bytes, ...]:
     return ((data & 0x7C) << 1 | data >> 7 << 2 | data & 3,)
 
 
-def _join_e5m2(fields: Sequence[Bytes]) -> Bytes:
+def _join_e5m2(fields: Sequence[Bytes], out: Bytes) -> None:
     (code,) = fields
-    return code >> 1 & 0x7C | (code & 4) << 5 | code & 3
+    out[:] = code >> 1 & 0x7C | (code & 4) << 5 | code & 3
 
 
 # Integers: as bytes, as planes of the bytes of wider ones, and as codes packed densely, least significant bits first.
@@ -127,22 +134,21 @@ def _same(data: Bytes) -> tuple[Bytes, ...]:
     return (data,)
 
 
-def _joined_same(fields: Sequence[Bytes]) -> Bytes:
-    return fields[0]
+def _joined_same(fields: Sequence[Bytes], out: Bytes) -> None:
+    if fields[0] is not out:
+        out[:] = fields[0]
 
 
 def _planes(width: int, signed_top: bool = False) -> Layout:
     def split(data: Bytes) -> tuple[Bytes, ...]:
         return tuple(np.ascontiguousarray(data[i::width]) for i in range(width))
 
-    def join(fields: Sequence[Bytes]) -> Bytes:
-        out = np.empty(width * fields[0].size, np.uint8)
+    def join(fields: Sequence[Bytes], out: Bytes) -> None:
         for i, field in enumerate(fields):
             out[i::width] = field
-        return out
 
     parts = tuple(Part(f"byte {i}", 1, 8, signed_top and i == width - 1) for i in range(width))
-    return Layout(f"planes-{width}", width, parts, split, join)
+    return _in_order(f"planes-{width}", parts, split, join)
 
 
 def unpack_bits(data: Bytes, bits: int) -> Bytes:
@@ -192,10 +198,10 @@ def _layouts() -> dict[str, Layout]:
     fp16 = (Part("exponent, sign", 1, 8), Part("mantissa", 1, 8))
     fp32 = (*bf16, Part("mantissa 2", 1, 8), Part("mantissa 3", 1, 8))
     found = [
-        Layout("bytes", 1, byte, _same, _joined_same), Layout("int8", 1, signed, _same, _joined_same),
-        Layout("bf16", 2, bf16, _split_bf16, _join_bf16), Layout("fp16", 2, fp16, _split_fp16, _join_fp16),
-        Layout("fp32", 4, fp32, _split_fp32, _join_fp32), Layout("fp8-e4m3", 1, byte, _split_e4m3, _join_e4m3),
-        Layout("fp8-e5m2", 1, byte, _split_e5m2, _join_e5m2), *(_planes(n) for n in (2, 4, 8)),
+        _in_order("bytes", byte, _same, _joined_same), _in_order("int8", signed, _same, _joined_same),
+        _in_order("bf16", bf16, _split_bf16, _join_bf16), _in_order("fp16", fp16, _split_fp16, _join_fp16),
+        _in_order("fp32", fp32, _split_fp32, _join_fp32), _in_order("fp8-e4m3", byte, _split_e4m3, _join_e4m3),
+        _in_order("fp8-e5m2", byte, _split_e5m2, _join_e5m2), *(_planes(n) for n in (2, 4, 8)),
         *(_packed(bits) for bits in range(1, 8)),
         Layout("trits", 1, (Part("codes", 5, 2),), _split_trits, _join_trits),
     ]  # fmt: skip

@@ -28,6 +28,7 @@ Blob = UInt8[Tensor, "n"]
 ALL = slice(None)
 SEGMENT = 1 << 17
 HEAD_BYTES = 32 + 6 + 99  # of a stream with one panel and one table
+_BLOCK = slice(12, 16)  # the rows of a segment, in the head
 SEGMENT_BYTES = 56 + 8 * 2 + 1 + 4  # start states, lengths, and what is lost to whole bytes
 _LIMITS = {torch.int8: (-128, 127), torch.uint8: (0, 255), torch.int16: (-32768, 32767)}
 
@@ -69,19 +70,37 @@ def decode(stream: Blob, rows: slice = ALL, dtype: torch.dtype = torch.int16) ->
     first, last, step = rows.indices(total)
     if step != 1:
         raise FormatError(f"rows are decoded in order, not by {step}", fix="a slice with step 1")
-    if dtype != torch.int16:
-        least, largest = _checked(_native.code_range, stream)
-        if least < _LIMITS[dtype][0] or largest > _LIMITS[dtype][1]:
-            narrow = decode(stream, rows)  # what tables allow need not occur
-            if narrow.numel() and (narrow.min() < _LIMITS[dtype][0] or narrow.max() > _LIMITS[dtype][1]):
-                raise FormatError(f"codes from {narrow.min()} to {narrow.max()} do not fit {dtype}", fix="torch.int16")
-            return narrow.to(dtype)
+    if not fits(stream, dtype):
+        narrow = decode(stream, rows)  # what tables allow need not occur
+        if narrow.numel() and (narrow.min() < _LIMITS[dtype][0] or narrow.max() > _LIMITS[dtype][1]):
+            raise FormatError(f"codes from {narrow.min()} to {narrow.max()} do not fit {dtype}", fix="torch.int16")
+        return narrow.to(dtype)
     out = torch.empty(max(last - first, 0), columns, dtype=dtype)
-    native = _native.decode_int16 if dtype == torch.int16 else _native.decode_int8
-    signed = out.view(torch.int8) if dtype == torch.uint8 else out  # the same eight bits
     if out.numel():
-        _checked(native, stream, first, signed.numpy(), torch.get_num_threads())
+        decode_rows(stream, first, out, torch.get_num_threads())
     return out
+
+
+def decode_rows(stream: Blob, first: int, out: Shaped[Tensor, "rows columns"], threads: int) -> None:
+    """Codes of the rows from ``first`` on into ``out``, of a dtype that the stream :func:`fits`; others would wrap.
+
+    Segments that the rows touch are decoded whole. Raises FormatError as :func:`decode` does.
+    """
+    native = _native.decode_int16 if out.dtype == torch.int16 else _native.decode_int8
+    signed = out.view(torch.int8) if out.dtype == torch.uint8 else out  # the same eight bits
+    _checked(native, stream, first, signed.numpy(), threads)
+
+
+def fits(stream: Blob, dtype: torch.dtype) -> bool:
+    """Whether ``dtype`` holds every code that the stream's tables and exceptions allow. Raises FormatError."""
+    least, largest = (0, 0) if dtype == torch.int16 else _checked(_native.code_range, stream)
+    return bool(_LIMITS[dtype][0] <= least and largest <= _LIMITS[dtype][1])
+
+
+def segment_rows(stream: Blob) -> int:
+    """Rows that are decoded together at least: those of a segment. Raises FormatError."""
+    shape(stream)
+    return int.from_bytes(stream[_BLOCK].numpy().tobytes(), "little")
 
 
 def shape(stream: Blob) -> tuple[int, int]:

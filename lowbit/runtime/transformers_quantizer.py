@@ -1,6 +1,6 @@
 """How transformers loads a native checkpoint: its registered quantizer swaps linears for QLinears before loading.
 
-And how it loads what ``lowbit compress`` wrote, low-bit or not: it opens files by :func:`open_tensors`.
+And how it loads what ``lowbit compress`` wrote, low-bit or not: it opens files by the container's ``open_tensors``.
 
 Imported by the hook in :mod:`lowbit` in the middle of transformers' own import, whoever causes it, so the rest of
 lowbit is imported inside the calls.
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers.modeling_utils
-from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -97,14 +96,13 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def open_tensors(path: str | Path, *args: Any, **options: Any) -> Any:
-    """``safetensors.safe_open`` for plain files; of coded ones, tensors are decoded as they are asked for."""
-    from lowbit.codec.container import Reader, is_coded
+def _open(path: str | Path, **options: Any) -> Any:
+    from lowbit.codec.container import open_tensors
 
-    return Reader(Path(path)) if is_coded(Path(path)) else safe_open(path, *args, **options)
+    return open_tensors(Path(path), **options)
 
 
-setattr(transformers.modeling_utils, "safe_open", open_tensors)  # noqa: B010 - it has no other door for such files
+setattr(transformers.modeling_utils, "safe_open", _open)  # noqa: B010 - it has no other door for such files
 
 
 def _is_ours(shard: contextlib.AbstractContextManager[Any]) -> bool:

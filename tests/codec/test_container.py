@@ -206,6 +206,15 @@ def test_plain_files_open_as_ever(plain: Path) -> None:
         Reader(plain)
 
 
+def test_tensors_come_to_the_device_that_is_asked_for(plain: Path, coded: Path) -> None:
+    for path in (plain, coded):
+        with open_tensors(path, framework="pt", device="cpu", backend="pread") as file:  # as transformers may ask
+            assert same(file.get_slice("upcast")[...], everything()["upcast"])
+    with Reader(coded, "meta") as reader:
+        for found in (reader.get_tensor("upcast"), reader.get_slice("upcast")[...]):
+            assert (found.device.type, found.shape, found.dtype) == ("meta", (96, 512), torch.float32)
+
+
 def test_every_dtype_that_is_read_has_its_bits() -> None:
     from lowbit.codec.header import BITS
 

@@ -52,11 +52,11 @@ class ActivationFormat:
             low, high = torch.aminmax(block.split(rows), dim=-1)
         else:
             low, high = (bound.to(rows.device, torch.float32).view(1, 1) for bound in range)
-        step, zero = self._grid(low.clamp(max=0), high.clamp(min=0))
+        step, zero = self.grid(low.clamp(max=0), high.clamp(min=0))
         step, zero = block.spread(step, shape), None if zero is None else block.spread(zero, shape)
         return self.format.snap(rows, step, zero).values.to(x.dtype).view(x.shape)
 
-    def _grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+    def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """Step and zero point of ranges that include zero; a block of zeros has step 0, which decodes to zeros."""
         grid = self.format.grid
         if not self.format.asymmetric:

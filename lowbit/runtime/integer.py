@@ -17,6 +17,7 @@ import torch
 from lowbit.arrays import Float, Int, Tensor
 from lowbit.errors import FormatError
 from lowbit.formats.qtensor import Affine, QTensor
+from lowbit.runtime.kernels.int8_products import signed, symmetric_int8
 
 _LARGEST = 2**31 - 1
 _SHIFT = range(1, 63)  # a product of two int32 has 62 bits
@@ -63,14 +64,14 @@ class IntegerLinear:
         Raises FormatError unless W is ``int8-row-sym`` or ``int8-tensor-sym`` of at least two columns, when a sum
         could leave int32, and when a ratio of scales is beyond 2^±30.
         """
-        whole = isinstance(q, Affine) and q.codes.levels == 256 and q.zero is None and q.block.kind in ("row", "tensor")
+        whole = symmetric_int8(q.spec()) and isinstance(q, Affine) and q.block.kind in ("row", "tensor")
         if not whole or not isinstance(q, Affine):
             raise FormatError("needs symmetric int8 weights with a scale a row", fix="format int8-row-sym")
         if q.shape[1] < 2:
             raise FormatError(
                 "a linear of one input", why="torch's int8 product is wrong for it", fix="keep it as it is"
             )
-        weight = q.codes.unpack().to(torch.int16).sub_(128).to(torch.int8)
+        weight = signed(q.codes)
         scale = q.scale.decode(torch.float64).expand(q.shape[0], 1)[:, 0]
         sums = weight.sum(1, dtype=torch.int64)
         folded = -x.zero * sums

@@ -21,6 +21,7 @@ from lowbit.formats.spec import Spec
 from lowbit.runtime.gradients import Product, StraightThrough
 from lowbit.runtime.inner import Inner
 from lowbit.runtime.kernels import REFERENCE, Kernel, check_policy, choose
+from lowbit.runtime.kernels.int8_products import Int8Products
 from lowbit.runtime.kernels.packed import PACKED, State
 
 
@@ -104,9 +105,12 @@ class Rounding(Stored):
         self, x: Float[Tensor, "*batch in"], exact: Int[Tensor, "k"] | None = None
     ) -> Float[Tensor, "*batch in"]:
         """``x`` rounded; the columns ``exact`` are not. Gradients pass as if nothing were rounded."""
-        rounded = Input(self.format, self.low, self.high).round(x.detach(), exact)
+        rounded = self.value().round(x.detach(), exact)
         found: Tensor = StraightThrough.apply(x, rounded) if x.requires_grad else rounded
         return found
+
+    def value(self) -> Input:
+        return Input(self.format, self.low, self.high)
 
     def extra_repr(self) -> str:
         return self.format.name
@@ -209,9 +213,9 @@ class QLinear(nn.Module):
         """What ``forward`` computes; compilers see it as one operator, whose kernels are chosen when it runs."""
         inner = self._inner()
         x = inner.enter(x)
-        if self.input is not None:
-            x = self.input(x, inner.exact)
         kernel = self._choose(inner.spec, x)
+        if self.input is not None and not isinstance(kernel, Int8Products):
+            x = self.input(x, inner.exact)
         if kernel is REFERENCE and x.requires_grad:
             y = Product.apply(x, inner.weight)
         elif not kernel.prepared:
@@ -231,7 +235,8 @@ class QLinear(nn.Module):
         kind = x.dtype, x.device, x.numel(), x.requires_grad
         if self._chosen is None or self._chosen[0] != kind:
             gradients = self.policy == "auto" and x.requires_grad
-            self._chosen = kind, REFERENCE if gradients else choose(self.policy, spec, x)
+            rounding = None if self.input is None else self.input.value()
+            self._chosen = kind, REFERENCE if gradients else choose(self.policy, spec, x, rounding)
         return self._chosen[1]
 
     def _prepared(self, kernel: Kernel, weight: QTensor, x: Tensor) -> Any:

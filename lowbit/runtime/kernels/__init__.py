@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 
 from lowbit.arrays import Float, Tensor
 from lowbit.errors import RecipeError, nearest
+from lowbit.formats.activation import Input
 from lowbit.formats.qtensor import QTensor
 from lowbit.formats.spec import Spec
 
@@ -102,26 +103,36 @@ def check_policy(policy: str) -> str:
     return policy
 
 
-def choose(policy: str, spec: Spec, x: Tensor) -> Kernel:
-    """The kernel for this weight and input under a policy; raises RecipeError for an unknown policy."""
+def choose(policy: str, spec: Spec, x: Tensor, rounding: Input | None = None) -> Kernel:
+    """The kernel for this weight and input under a policy; raises RecipeError for an unknown policy.
+
+    Where inputs are rounded, under ``auto``, one that multiplies what they are rounded to as integers comes first.
+    """
     match check_policy(policy):
         case "reference":
             return REFERENCE
         case "dense":
             return DENSE
         case _:
-            return next(k for k in kernels() if k.takes(spec, x))
+            from lowbit.runtime.kernels.int8_products import Int8Products
+
+            first = [] if rounding is None else [Int8Products(rounding)]
+            return next(k for k in [*first, *kernels()] if k.takes(spec, x))
 
 
 def usable() -> list[tuple[str, bool, str]]:
     """Every kernel by name, whether this machine can run it, and when it is chosen."""
     from lowbit import _native
+    from lowbit.runtime.kernels import int8_products
     from lowbit.runtime.kernels.coded import CODED
     from lowbit.runtime.kernels.packed import PACKED
     from lowbit.runtime.kernels.torch_cpu import FEW_TOKENS, INT4, INT8, works
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    whole = "int8-row-sym weights, inputs rounded to integers, 8 tokens a call and more"
     few = f"bfloat16 activations, at most {FEW_TOKENS} tokens a call"
     return [
+        ("int8-products", int8_products.exact(device), whole),
         (INT8.name, works(), f"int8-row-sym weights, columns in multiples of 16, {few}"),
         (INT4.name, works(), f"int4 in groups of 32, 64, 128 or 256, {few}"),
         (PACKED.name, True, f"1 to 8 bits in groups of multiples of 16, and 16, on the CPU with {_native.isa()}"),

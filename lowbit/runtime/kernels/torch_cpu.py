@@ -14,6 +14,7 @@ from lowbit.arrays import Float, Tensor
 from lowbit.formats.pack import Codes
 from lowbit.formats.qtensor import Affine, QTensor
 from lowbit.formats.spec import Spec
+from lowbit.runtime.kernels.int8_products import signed, symmetric_int8
 
 FEW_TOKENS = 8  # beyond this many rows of x the reference is faster
 _INT8_STEP = 16  # torch's int8 kernel reads rows in whole steps, past the end of a ragged one
@@ -86,21 +87,16 @@ class Int8:
     tolerance: float = 2e-2
 
     def takes(self, spec: Spec, x: Tensor) -> bool:
-        codes = spec.leaf("codes")
         return (
             _few_on_cpu(x, torch.bfloat16)
-            and spec.node == "Affine"
-            and codes is not None
-            and codes.levels == 256
-            and spec.leaf("zero") is None
-            and spec.child("zero") is None
+            and symmetric_int8(spec)
             and spec.get("block") == "row"
             and spec.shape[1] % _INT8_STEP == 0
         )
 
     def prepare(self, q: QTensor, dtype: torch.dtype) -> State:
         assert isinstance(q, Affine)
-        codes = q.codes.unpack().to(torch.int16).sub_(128).to(torch.int8)
+        codes = signed(q.codes)
         return State(dtype, codes.device, codes.contiguous(), q.scale.decode(dtype).view(-1), q.shape[1])
 
     def run(self, x: Float[Tensor, "*batch in"], state: State) -> Float[Tensor, "*batch out"]:

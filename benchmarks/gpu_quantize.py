@@ -62,6 +62,8 @@ STAGES = {
     "lowbit.formats.format:Format.fit": "clip search", "lowbit.methods.gptq:round_columns": "column loop",
     "lowbit.formats.format:Format.assemble": "packing", "lowbit.pipeline.encode:BlockWork._finish": "report",
     "lowbit.pipeline.walk:_on_cpu": "to the host", "lowbit.pipeline.encode:BlockWork._transform": "transform",
+    "lowbit.pipeline.view:Edges.of": "edges", "lowbit.methods.awq:Awq._search": "scale search",
+    "lowbit.pipeline.view:View.apply": "edits",
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from lowbit.arrays import Float, Matrix, Tensor
 from lowbit.errors import FormatError
 from lowbit.formats.blocks import Block
 from lowbit.formats.clip import Cost, Ends, Importance, chunks, search
-from lowbit.formats.grids import Codebook, Grid, IntGrid, Quantile, Table, codebook
+from lowbit.formats.grids import Codebook, Grid, IntGrid, Quantile, Table
 from lowbit.formats.pack import Codes, Whole
 from lowbit.formats.qtensor import Affine, Lookup, Offset, QTensor, Raw, Sum
 from lowbit.formats.snap import Snapped, Snapper, divisible, integer_snapper, snap_integer, snap_table, table_snapper
@@ -101,13 +101,13 @@ class Format:
         clip_steps = max(clip_steps, self.least_clip_steps)
         if clip_steps and ranges is None:
             weights, factors = Importance.of(importance, self.block, w), _factors(self, clip_steps)
-            if ends == "together" and weights.gram is None and _has_kernel(self, blocks):
-                low, high = _search_on_gpu(self, blocks, low, high, weights.diagonal, factors)
+            apart = ends == "apart" and self.asymmetric
+            if has_kernel(self, blocks) and (not apart if weights.gram is None else 16 <= blocks.shape[-1] <= 128):
+                low, high = _search_on_gpu(self, blocks, low, high, weights, factors, apart)
             else:
                 low, high = search(
-                    low, high, factors, functools.partial(_cost, self, blocks, weights, table), chunks(blocks),
-                    ends == "apart" and self.asymmetric,
-                )  # fmt: skip
+                    low, high, factors, functools.partial(_cost, self, blocks, weights, table), chunks(blocks), apart
+                )
         return self._params(low, high, table)
 
     @property
@@ -137,10 +137,14 @@ class Format:
 
     def encode(self, w: Matrix, params: Params) -> QTensor:
         """Every weight to its nearest code."""
+        return self.assemble(self.nearest(w, params).codes, params)
+
+    def nearest(self, w: Matrix, params: Params) -> Snapped:
+        """The nearest code of every weight, and the value that it decodes to."""
         shape = tuple(w.shape)
         zero = None if params.zero is None else self.block.spread(params.zero, shape)
         step = self.block.spread(params.step, shape)
-        return self.assemble(self.snap(w, step, zero, params.table).codes, params)
+        return self.snap(w, step, zero, params.table)
 
     def assemble(self, codes: Whole, params: Params) -> QTensor:
         """The QTensor of given codes and parameters."""
@@ -314,8 +318,8 @@ def _is_power(scale: Stored | Format | None) -> bool:
     return isinstance(scale, Format) and scale.scale is None
 
 
-def _has_kernel(fmt: Format, blocks: Tensor) -> bool:
-    """Whether a clip search of this format runs in one launch: on a GPU, with plain scales and few values."""
+def has_kernel(fmt: Format, blocks: Float[Tensor, "*rows n"]) -> bool:
+    """Whether kernels round blocks of this format: on a GPU, with plain scales and few values."""
     few = isinstance(fmt.grid, IntGrid) or (isinstance(fmt.grid, Table) and fmt.grid.levels <= 16)
     small = blocks.shape[-1] <= 1 << 14  # what the registers of one program hold
     plain = isinstance(fmt.scale, Stored) and fmt.offset is None
@@ -324,17 +328,13 @@ def _has_kernel(fmt: Format, blocks: Tensor) -> bool:
 
 
 def _search_on_gpu(
-    fmt: Format, blocks: Tensor, low: Tensor, high: Tensor, weights: Tensor | None, factors: list[float]
+    fmt: Format, blocks: Tensor, low: Tensor, high: Tensor, weights: Importance, factors: list[float], apart: bool
 ) -> tuple[Tensor, Tensor]:
     from lowbit.formats import clip_triton  # needs triton, which only a GPU has
 
-    assert isinstance(fmt.scale, Stored)
-    assert not isinstance(fmt.grid, Quantile)
-    grid = fmt.grid if isinstance(fmt.grid, IntGrid) else codebook(fmt.grid.name, blocks.device)
-    zeros = torch.float16 if fmt.zero is None else fmt.zero.dtype
-    return clip_triton.search(
-        blocks, low, high, weights, factors, grid, fmt._divisor(), fmt.scale.dtype, fmt.zero is None, zeros
-    )
+    if weights.gram is None:
+        return clip_triton.search(fmt, blocks, low, high, weights.diagonal, factors)
+    return clip_triton.search_by_gram(fmt, blocks, low, high, weights.gram, factors, apart)
 
 
 def _factors(fmt: Format, steps: int) -> list[float]:

@@ -13,7 +13,8 @@ The clip search that follows in the paper is the step ``clip``: ``awq+clip+rtn:i
 
 from __future__ import annotations
 
-import contextlib
+import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,9 +24,12 @@ import torch
 from lowbit.arrays import Float, Matrix, Tensor
 from lowbit.calibration.stats import AbsMean, Gram, Stat, Stats
 from lowbit.errors import RecipeError
-from lowbit.formats.format import Format
+from lowbit.formats.clip import tensor_cores
+from lowbit.formats.format import Format, has_kernel
 from lowbit.methods.base import BlockView, Edit, FoldScale, Kind
 from lowbit.models.edges import Edge
+
+_PANEL, _GPU_PANEL = 256, 2048  # columns of a product that are computed at a time
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Awq:
         return frozenset({AbsMean, Gram})
 
     def __call__(self, block: BlockView, stats: Mapping[str, Stats]) -> Iterator[Edit]:
-        """One fold an edge. Cost ``steps`` roundings and products with the Gram matrix a linear, O(out * in²) each."""
+        """One fold an edge. Cost ``steps`` roundings and half products with the Gram matrix, O(out * in²) a linear."""
         for edge in block.edges:
             sites = [f"{block.name}.{c}" for c in edge.consumers]
             rounded = [s for s in sites if block.format(s) is not None and s in stats and Gram in stats[s]]
@@ -57,19 +61,18 @@ class Awq:
     ) -> Float[Tensor, "channels"] | None:
         """The best scale; None when one everywhere is best."""
         mean = torch.stack([stats[site][AbsMean].value for site in sites]).mean(0)
-        gram = {id(stats[site]): stats[site][Gram].sum() for site in sites}
-        best, least = None, float("inf")
-        for i in range(self.steps):
-            scale = edge.fewest(channel_scales(mean, i / self.steps))
-            s = edge.consumers_scale(scale)
-            loss = 0.0
-            for site in sites:
-                fmt = block.format(site)
+        scales = [edge.fewest(channel_scales(mean, i / self.steps)) for i in range(self.steps)]
+        losses = torch.zeros(self.steps, dtype=torch.float64, device=mean.device)
+        for _, readers in itertools.groupby(sites, key=lambda site: id(stats[site])):  # of one input
+            G = None
+            for site in readers:
+                G = stats[site][Gram].sum() if G is None else G
+                W, fmt = block.weight(site), block.format(site)
                 assert fmt is not None  # only sites that will be rounded are asked for
-                loss += output_error(block.weight(site), s, fmt, gram[id(stats[site])])
-            if loss < least:
-                best, least = (scale if i else None), loss
-        return best
+                losses += torch.stack([output_error(W, edge.consumers_scale(s), fmt, G) for s in scales])
+        found = losses.nan_to_num(nan=math.inf).tolist()  # the device is waited for once an edge
+        best = found.index(min(found))
+        return scales[best] if best else None
 
 
 def channel_scales(mean: Float[Tensor, "in"], a: float) -> Float[Tensor, "in"]:
@@ -78,23 +81,27 @@ def channel_scales(mean: Float[Tensor, "in"], a: float) -> Float[Tensor, "in"]:
     return s / (s.max() * s.min()).sqrt()
 
 
-def output_error(W: Matrix, s: Float[Tensor, "in"], fmt: Format, G: Float[Tensor, "in in"]) -> float:
-    """tr(dW G dWᵀ) with dW = Q(W s)/s - W, W rounded to nearest."""
-    scaled = W * s
-    dW = fmt.encode(scaled, fmt.fit(scaled)).decode().div_(s).sub_(W)
+def output_error(W: Matrix, s: Float[Tensor, "in"], fmt: Format, G: Float[Tensor, "in in"]) -> Float[Tensor, ""]:
+    """tr(dW G dWᵀ) with dW = Q(W s)/s - W, W rounded to nearest, for a symmetric G."""
+    dW = rounding_error(W, s, fmt)
+    panel = _PANEL if W.device.type == "cpu" else _GPU_PANEL
+    total = torch.zeros((), device=W.device)
     with tensor_cores():
-        return float((dW @ G).mul_(dW).sum())
+        for start in range(0, W.shape[1], panel):  # what lies below the diagonal is what lies above it
+            here = slice(start, start + panel)
+            product = (dW[:, here] @ G[here, here]).addmm_(dW[:, :start], G[:start, here], alpha=2)
+            total += product.mul_(dW[:, here]).sum()
+    return total
 
 
-@contextlib.contextmanager
-def tensor_cores() -> Iterator[None]:
-    """Products in TF32 on a GPU: a search compares losses that differ by far more than its rounding."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+def rounding_error(W: Matrix, s: Float[Tensor, "in"], fmt: Format) -> Matrix:
+    """dW = Q(W s)/s - W, rounded to nearest with the range that every block has."""
+    if fmt.block.follows_rows and not fmt.least_clip_steps and has_kernel(fmt, fmt.block.split(W[:1])):
+        from lowbit.formats import snap_triton  # needs triton, which only a GPU has
+
+        return snap_triton.scaled_error(W, s, fmt)
+    scaled = W * s
+    return fmt.nearest(scaled, fmt.fit(scaled)).values.div_(s).sub_(W)
 
 
 METHOD = Awq

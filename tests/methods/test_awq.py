@@ -29,7 +29,7 @@ def _ratio(x: torch.Tensor, W: torch.Tensor, fmt: str) -> float:
     edits = list(method("awq")(OneNorm({"q": W}, fmt), stats))
     G, one = stats["block.q"][Gram].sum(), torch.ones(W.shape[1])
     scale = edits[0].scale if edits else one
-    return output_error(W, scale, preset(fmt), G) / output_error(W, one, preset(fmt), G)
+    return float(output_error(W, scale, preset(fmt), G) / output_error(W, one, preset(fmt), G))
 
 
 @pytest.mark.parametrize("fmt", ["int4-g128", "int3-g128"])
@@ -48,13 +48,23 @@ def test_injected_outliers_cost_nothing_after_the_search() -> None:
     fmt, one = preset("int4-g128"), torch.ones(256)
 
     def error(x: torch.Tensor, W: torch.Tensor, scale: torch.Tensor) -> float:
-        return output_error(W, scale, fmt, stats_of(x, "s")["s"][Gram].sum())
+        return float(output_error(W, scale, fmt, stats_of(x, "s")["s"][Gram].sum()))
 
     plain, injected = error(x, W, one), error(x * gain, W / gain, one)
     (edit,) = method("awq")(OneNorm({"q": W / gain}, "int4-g128"), stats_of(x * gain, "block.q"))
     assert isinstance(edit, FoldScale)
     assert injected > 1.5 * plain
     assert error(x * gain, W / gain, edit.scale) < 1.1 * plain
+
+
+@pytest.mark.parametrize("fmt", ["int4-g64", "nf4", "int3-row"])
+def test_the_error_is_that_of_the_whole_product(fmt: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, W = torch.randn(400, 300, generator=generator) + 1, torch.randn(16, 300, generator=generator)  # two panels
+    s = torch.rand(300, generator=generator) + 0.5
+    rounded = preset(fmt).encode(W * s, preset(fmt).fit(W * s)).decode() / s
+    expected = (x.double() @ (rounded - W).double().t()).square().sum()
+    assert float(output_error(W, s, preset(fmt), x.t() @ x)) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_the_clip_is_that_of_the_least_output_error_and_leaves_query_and_key_alone() -> None:

@@ -2,8 +2,9 @@
 
     python lowbit_dense.py --model DIR --text FILE --out DIR gptq:int3-g64
 
-The checkpoint is written, and read back from its files. Recipes that change anything but linears (AWQ's scales go into
-norms) are refused: their matrices mean nothing without the rest. Writes ``peer.json`` (recipe, bits, cost, versions).
+The checkpoint is written, and read back from its files. Norms that a recipe changed (AWQ's scales go into them) are
+written as the checkpoint holds them, in 16 bit; all else comes from the original. Recipes that change more (a rotated
+stream, say) are refused. Writes ``peer.json`` (recipe, bits, cost, versions).
 """
 
 from __future__ import annotations
@@ -50,11 +51,15 @@ def main() -> None:
         done = {f"{n}.weight": m.weight.qtensor().decode() for n, m in model.named_modules() if isinstance(m, QLinear)}
         original = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, local_files_only=True)
         own = dict(original.named_parameters())
-        for name, value in model.named_parameters():
-            # checkpoints keep what is not quantized in 16 bit; the dense directory takes it from the original
-            if name in own and not torch.allclose(value, own[name], rtol=2**-8, atol=1e-30):
-                raise ValueError(f"{args.recipe} changes {name} too, so that its linears mean nothing alone")
-    save_dense(args.model, args.out, done)
+        # checkpoints keep what is not quantized in 16 bit: what differs by no more than that is the original's
+        folded = {
+            name: value.detach()
+            for name, value in model.named_parameters()
+            if name in own and not torch.allclose(value, own[name], rtol=2**-8, atol=1e-30)
+        }
+        if others := sorted(name for name in folded if "norm" not in name):
+            raise ValueError(f"{args.recipe} changes {others[0]} too, so that its linears mean nothing alone")
+    save_dense(args.model, args.out, done | folded)
     write_report(
         args.out,
         ["lowbit", "torch", "transformers"],
@@ -63,6 +68,8 @@ def main() -> None:
             "method": args.recipe,
             "bits_per_weight": made["bits_per_weight"],
             "linears": len(done),
+            "folded": len(folded),
+            "calibration": {"samples": args.samples, "length": args.length, "text": Path(args.text).name},
             "quantize": quantize._asdict(),
             "whole": whole.read()._asdict(),
         },

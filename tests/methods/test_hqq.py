@@ -28,9 +28,9 @@ def weight(rows: int = 16, columns: int = 256, seed: int = 0) -> Weight:
     return Weight("layer.proj", normal / chi)
 
 
-def loss(fmt: Format, w: Weight, q: QTensor, p: float = 0.7) -> torch.Tensor:
-    """Its own criterion: the sum of |error|^p of every block."""
-    return fmt.block.split((q.decode() - w.matrix).abs() ** p).sum(-1)
+def loss(fmt: Format, w: Weight, q: QTensor) -> torch.Tensor:
+    """Its own criterion: the sum of squared errors of every block."""
+    return fmt.block.split((q.decode() - w.matrix).square()).sum(-1)
 
 
 def zero_of(q: QTensor) -> torch.Tensor:
@@ -39,36 +39,54 @@ def zero_of(q: QTensor) -> torch.Tensor:
     return q.zero.decode()
 
 
-def textbook(x: np.ndarray, z: float, top: int, p: float, beta: float, kappa: float, iterations: int) -> float:
-    """One block, in units of its step: the zero with the least sum of |d|^p among those visited."""
+def textbook(x: np.ndarray, start: float, top: int, o: dict[str, float]) -> float:
+    """One block, in units of its step: the zero of the least sum of squares among those visited."""
     visited = []
-    for i in range(iterations + 1):
-        q = np.clip(np.round(x + z), 0, top)
-        d = x - (q - z)
-        visited.append((np.sum(np.abs(d) ** p), z))
-        e = np.sign(d) * np.maximum(np.abs(d) - np.maximum(np.abs(d), 1e-30) ** (p - 1) / beta, 0)
-        z = float(np.float16(np.mean(q - (x - e))))
-        beta *= kappa
-        if i and visited[-1][0] >= min(v for v, _ in visited[:-1]):
-            break
+    for shift in {1: [0.0], 2: [0.0, -0.5], 3: [0.0, 1 / 3, -1 / 3]}[int(o["starts"])]:
+        z, beta = float(np.float16(start + shift)), o["beta"]
+        for _ in range(int(o["iterations"]) + 1):
+            q = np.clip(np.round(x + z), 0, top)
+            d = x - (q - z)
+            visited.append((np.sum(d**2), z))
+            e = np.sign(d) * np.maximum(np.abs(d) - np.maximum(np.abs(d), 1e-30) ** (o["p"] - 1) / beta, 0)
+            z = float(np.float16(np.mean(q - (x - e))))
+            beta *= o["kappa"]
     return min(visited)[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"p": 0.5, "beta": 3.0, "kappa": 1.2}, {"iterations": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"p": 0.5, "beta": 3.0, "kappa": 1.2}, {"iterations": 3, "starts": 2}, {"beta": 20.0, "starts": 1}],
+    ids=str,
+)
 @pytest.mark.parametrize("bits", [2, 4])
 def test_a_single_block_goes_where_the_textbook_goes(bits: int, options: dict[str, float]) -> None:
     fmt = preset(f"int{bits}-g64-z16")
-    o = {"p": 0.7, "beta": 10.0, "kappa": 1.01, "iterations": 20} | options
+    o = {"p": 0.7, "beta": 1.0, "kappa": 1.01, "iterations": 6, "starts": 3} | options
     moved = 0
     for seed in range(8):
         w = Weight("w", torch.randn(1, 64, generator=torch.Generator().manual_seed(seed)))
         start = fmt.fit(w.matrix)
         x = (w.matrix / start.step).double().numpy()[0]
-        expected = textbook(x, float(start.zero), 2**bits - 1, **o)
+        expected = textbook(x, float(start.zero), 2**bits - 1, o)
         got = float(zero_of(Hqq(**options)(w, NOTHING, fmt)))
         assert got == pytest.approx(expected, abs=4e-3 * 2**bits / 4)  # float16, and float32 sums
         moved += got != float(start.zero)
     assert moved >= 2
+
+
+def test_outliers_that_a_clipped_range_cuts_off_are_forgiven() -> None:
+    fmt, w = preset("int4-g64-z16"), weight(1, 64)
+    w.matrix[0, 0] = 40.0
+    ranges = torch.full((1, 1), -2.0), torch.full((1, 1), 2.0)
+    w = dataclasses.replace(w, ranges=ranges)
+    step, start = 4 / 15, 7.5
+    x = (w.matrix / torch.tensor(step).half().float()).double().numpy()[0]
+    o = {"p": 0.7, "beta": 1.0, "kappa": 1.01, "iterations": 1, "starts": 1}
+    got = float(zero_of(Hqq(iterations=1, starts=1)(w, NOTHING, fmt)))
+    assert got == pytest.approx(textbook(x, start, 15, o), abs=0.02)
+    # least squares alone would move the zero by the outlier's 142 steps / 64
+    assert abs(got - start) < 1
 
 
 @pytest.mark.parametrize(
@@ -78,7 +96,7 @@ def test_no_block_is_worse_than_round_to_nearest_and_the_sum_is_better(name: str
     fmt, w = preset(name), weight(24, 230)
     rtn, hqq = loss(fmt, w, Rtn()(w, NOTHING, fmt)), loss(fmt, w, Hqq()(w, NOTHING, fmt))
     assert (hqq <= rtn * (1 + 1e-5)).all()
-    assert hqq.sum() < rtn.sum() * 0.9995
+    assert hqq.sum() < rtn.sum() * 0.998
 
 
 def test_it_gets_a_good_part_of_what_the_best_zero_would_gain() -> None:
@@ -89,7 +107,7 @@ def test_it_gets_a_good_part_of_what_the_best_zero_would_gain() -> None:
     for shift in torch.linspace(-2, 2, 81):
         moved = dataclasses.replace(params, zero=fmt.round_zero(params.zero + shift))
         least = torch.minimum(least, loss(fmt, w, fmt.encode(w.matrix, moved)))
-    assert (rtn - hqq).sum() > 0.3 * (rtn - least).sum()
+    assert (rtn - hqq).sum() > 0.7 * (rtn - least).sum()
 
 
 def test_a_ragged_group_is_fitted_to_its_own_weights_alone() -> None:
@@ -108,7 +126,7 @@ def test_weights_times_a_power_of_two_have_the_same_codes() -> None:
 def test_without_iterations_it_is_round_to_nearest() -> None:
     fmt, w = preset("int4-g64-z16"), weight()
     for clip in (0, 10):
-        ours, rtn = Hqq(iterations=0, clip=clip)(w, NOTHING, fmt), Rtn(clip=clip)(w, NOTHING, fmt)
+        ours, rtn = Hqq(iterations=0, starts=1, clip=clip)(w, NOTHING, fmt), Rtn(clip=clip)(w, NOTHING, fmt)
         assert torch.equal(ours.decode(), rtn.decode())
 
 
@@ -145,7 +163,9 @@ def test_formats_without_fractional_zeros_are_refused_with_one_that_has_them(nam
 
 
 @pytest.mark.parametrize(
-    "options", [{"p": 0.0}, {"p": 1.5}, {"beta": 0.0}, {"kappa": 0.9}, {"iterations": -1}, {"clip": -1}], ids=str
+    "options",
+    [{"p": 0.0}, {"p": 1.5}, {"beta": 0.0}, {"kappa": 0.9}, {"iterations": -1}, {"starts": 0}, {"clip": -1}],
+    ids=str,
 )
 def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(RecipeError, match=next(iter(options))):

@@ -37,6 +37,10 @@ class Stat(ABC):
     def merge(self, other: Stat) -> None:
         """Take in all that another of the same kind has seen."""
 
+    def rescale(self, by: Float[Tensor, "in"]) -> bool:
+        """Become what it would be had every input been multiplied by ``by``; False where that does not follow."""
+        return False
+
 
 class Gram(Stat):
     """The sum of ``x xᵀ``: every quadratic error of a linear follows from it. Cost tokens * in² a chunk.
@@ -84,6 +88,11 @@ class Gram(Stat):
         self._upper += other._upper
         self.tokens += other.tokens
 
+    def rescale(self, by: Float[Tensor, "in"]) -> bool:
+        self.memo.clear()
+        self._upper.mul_(by).mul_(by[:, None])
+        return True
+
     def sum(self) -> Float[Tensor, "in in"]:
         """The whole symmetric matrix ``sum x xᵀ``; a new tensor."""
         upper = torch.triu(self._upper)
@@ -115,6 +124,10 @@ class AbsMax(Stat):
         self.value = torch.maximum(self.value, other.value)
         self.tokens += other.tokens
 
+    def rescale(self, by: Float[Tensor, "in"]) -> bool:
+        self.value = self.value * by.abs()
+        return True
+
 
 class AbsMean(Stat):
     """The mean magnitude of each input."""
@@ -135,6 +148,10 @@ class AbsMean(Stat):
         assert isinstance(other, AbsMean)
         self._sum += other._sum
         self.tokens += other.tokens
+
+    def rescale(self, by: Float[Tensor, "in"]) -> bool:
+        self._sum *= by.abs()
+        return True
 
     @property
     def value(self) -> Float[Tensor, "in"]:
@@ -225,3 +242,7 @@ class Stats:
     def update(self, x: Float[Tensor, "tokens in"]) -> None:
         for value in self._values.values():
             value.update(x)
+
+    def rescale(self, by: Float[Tensor, "in"]) -> None:
+        """What they would be had every input been multiplied by ``by``; kinds of which that cannot be told go."""
+        self._values = {kind: value for kind, value in self._values.items() if value.rescale(by)}

@@ -1,7 +1,10 @@
 """AWQ: scale the input channels that carry large activations up before rounding, and the producers down.
 
 Lin et al., arXiv 2306.00978. For every edge, s = mean|x|^a over a grid of a, normalised by sqrt(max s * min s); the
-one with the least output error is moved along the edge. Two differences from the authors' code:
+one with the least output error is moved along the edge. So are s = mean|x|^a / mean|w|^(1-a), as in the authors' later
+code, |w| in shares of the largest of its block: channels of large weights lose least by a large step.
+
+Two differences from that code:
 
 - The error is that of the linears that read the input together, sum tr(dW G dWᵀ) with dW = Q(W s)/s - W, from the
   Gram matrix that GPTQ uses: no forward pass is run in the search.
@@ -34,7 +37,7 @@ _PANEL, _GPU_PANEL = 256, 2048  # columns of a product that are computed at a ti
 
 @dataclass(frozen=True)
 class Awq:
-    steps: int = 20  # exponents a = 0, 1/steps, ..., (steps - 1)/steps
+    steps: int = 20  # exponents a = 0, 1/steps, ..., (steps - 1)/steps, with weights and without
 
     kind: ClassVar[Kind] = "transform"
 
@@ -47,7 +50,7 @@ class Awq:
         return frozenset({AbsMean, Gram})
 
     def __call__(self, block: BlockView, stats: Mapping[str, Stats]) -> Iterator[Edit]:
-        """One fold an edge. Cost ``steps`` roundings and half products with the Gram matrix, O(out * in²) a linear."""
+        """One fold an edge. Cost ``2 steps`` roundings and half products with the Gram matrix, each out * in²."""
         for edge in block.edges:
             sites = [f"{block.name}.{c}" for c in edge.consumers]
             rounded = [s for s in sites if block.format(s) is not None and s in stats and Gram in stats[s]]
@@ -61,8 +64,11 @@ class Awq:
     ) -> Float[Tensor, "channels"] | None:
         """The best scale; None when one everywhere is best."""
         mean = torch.stack([stats[site][AbsMean].value for site in sites]).mean(0)
-        scales = [edge.fewest(channel_scales(mean, i / self.steps)) for i in range(self.steps)]
-        losses = torch.zeros(self.steps, dtype=torch.float64, device=mean.device)
+        sizes = torch.stack([_sizes(block.weight(site), block.format(site)) for site in sites]).mean(0)
+        exponents = [i / self.steps for i in range(self.steps)]
+        scales = [edge.fewest(channel_scales(mean, a)) for a in exponents]
+        scales += [edge.fewest(channel_scales(mean, a, sizes)) for a in exponents]
+        losses = torch.zeros(len(scales), dtype=torch.float64, device=mean.device)
         for _, readers in itertools.groupby(sites, key=lambda site: id(stats[site])):  # of one input
             G = None
             for site in readers:
@@ -75,10 +81,21 @@ class Awq:
         return scales[best] if best else None
 
 
-def channel_scales(mean: Float[Tensor, "in"], a: float) -> Float[Tensor, "in"]:
-    """mean|x|^a, its largest and smallest centred on one."""
+def channel_scales(
+    mean: Float[Tensor, "in"], a: float, sizes: Float[Tensor, "in"] | None = None
+) -> Float[Tensor, "in"]:
+    """mean|x|^a, over mean|w|^(1-a) if ``sizes`` of weights are given, its largest and smallest centred on one."""
     s = mean.clamp_min(1e-4) ** a
+    if sizes is not None:
+        s = s / sizes.clamp_min(1e-4) ** (1 - a)
     return s / (s.max() * s.min()).sqrt()
+
+
+def _sizes(W: Matrix, fmt: Format | None) -> Float[Tensor, "in"]:
+    """mean|w| of each column, every weight as a share of the largest in its block."""
+    assert fmt is not None
+    largest = fmt.block.split(W).abs().amax(-1).clamp_min(torch.finfo(W.dtype).tiny)
+    return (W.abs() / fmt.block.spread(largest, tuple(W.shape))).mean(0)
 
 
 def output_error(W: Matrix, s: Float[Tensor, "in"], fmt: Format, G: Float[Tensor, "in in"]) -> Float[Tensor, ""]:

@@ -15,7 +15,7 @@ from lowbit.calibration.stats import Gram, Stat, Stats
 from lowbit.errors import RecipeError
 from lowbit.formats.activation import ActivationFormat, Input
 from lowbit.formats.qtensor import Columns, QTensor, Raw, Sum
-from lowbit.methods.base import Transform, Weight
+from lowbit.methods.base import Edit, FoldScale, SetRanges, Transform, Weight
 from lowbit.methods.rtn import Rtn
 from lowbit.models.graph import set_matrix
 from lowbit.models.source import Source
@@ -51,6 +51,7 @@ class BlockWork:
             self.stages = discover(stream, i, block, hidden, every)
         inputs = [shared for stage in self.stages for shared in stage.inputs]
         self.view = View(source, self.name, block, treatments, inputs, self._run_sample, edges)
+        self.seen: dict[str, Stats] = {}  # of the block as its edits left it
         self.codes: dict[str, QTensor] = {}
         self.inputs: dict[str, Input] = {}
         self.reports: list[SiteReport] = []
@@ -60,6 +61,7 @@ class BlockWork:
         targets = self._targets(last)
         for _, transform in self.recipe.transforms:
             self._transform(transform)
+        self.seen = {}
         if self.hidden is None:
             self._encode(list(self.sites), {} if self.card is None else _known(self.card, self.sites))
         elif self.recipe.tuner is not None and targets is not None:
@@ -85,11 +87,39 @@ class BlockWork:
         return original
 
     def _transform(self, transform: Transform) -> None:
-        """Watch the block as earlier edits left it, and apply what the transform wants changed."""
+        """Watch the block as earlier edits left it, and apply what the transform wants changed.
+
+        Nothing is watched again that follows from what was: a scale that moved from the inputs of linears into their
+        weights.
+        """
         needs = {site: transform.needs for shared in self.view.inputs for site in shared}
-        found = self._observe(self.stages, needs)
-        for edit in transform(self.view, found):
+        if not all(
+            site in self.seen and all(kind in self.seen[site] for kind in kinds) for site, kinds in needs.items()
+        ):
+            self.seen = {}
+            self.seen = self._observe(self.stages, needs)
+        edits = []
+        for edit in transform(self.view, self.seen):
             self.view.apply(edit)
+            edits.append(edit)
+        if not all(self._follow(edit) for edit in edits):
+            self.seen = {}
+
+    def _follow(self, edit: Edit) -> bool:
+        """Change what was seen as an edit changed the inputs; False where that is not known."""
+        match edit:
+            case SetRanges():
+                return True
+            case FoldScale(edge, scale):
+                moved = {self.view.full(consumer) for consumer in edge.consumers}
+                shared = [readers for readers in self.view.inputs if moved & {*readers}]
+                if any(not moved >= {*readers} or readers[0] in self.view.entries for readers in shared):
+                    return False
+                for readers in shared:
+                    self.seen[readers[0]].rescale(edge.consumers_scale(scale).reciprocal())
+                return True
+            case _:
+                return False
 
     def _calibrated(self, last: bool) -> None:
         stages = [s for stage in self.stages if (s := stage.only(self.sites)) is not None]

@@ -232,7 +232,7 @@ class QLinear(nn.Module):
         """
         if self._only is not None:
             return self._only
-        kind = x.dtype, x.device, x.numel(), x.requires_grad
+        kind = x.dtype, x.device, x.numel(), x.requires_grad, self.input
         if self._chosen is None or self._chosen[0] != kind:
             gradients = self.policy == "auto" and x.requires_grad
             rounding = None if self.input is None else self.input.value()

@@ -124,6 +124,21 @@ def test_no_tokens_change_nothing_and_half_precision_is_taken(kind: type[Stat]) 
     same(half, stat, rtol=1e-6)
 
 
+def test_rescaled_statistics_are_those_of_rescaled_inputs() -> None:
+    x, by = torch.randn(50, 7, generator=torch.Generator().manual_seed(3)), torch.tensor([2.0, -1, 0.5, 3, 1, 8, 0.1])
+    kinds = frozenset({Gram, AbsMean, AbsMax, Moments})
+    found, wanted = Stats.of("w", kinds, 7), Stats.of("w", kinds, 7)
+    found.update(x)
+    wanted.update(x * by)
+    found[Gram].memo[0.1, True] = found[Gram].sum(), found[Gram].sum()
+    found.rescale(by)
+    torch.testing.assert_close(found[Gram].sum(), wanted[Gram].sum())
+    torch.testing.assert_close(found[AbsMean].value, wanted[AbsMean].value)
+    torch.testing.assert_close(found[AbsMax].value, wanted[AbsMax].value)
+    assert not found[Gram].memo
+    assert Moments not in found  # sums over all inputs do not tell
+
+
 def test_new_tokens_discard_a_factorisation() -> None:
     gram = Gram(2)
     for change in (lambda: gram.update(torch.ones(1, 2)), lambda: gram.merge(Gram(2))):

@@ -88,7 +88,9 @@ def exported(
     (root / "config.json").write_text(json.dumps(config))
     for site, q in qs.items():
         parent, _, leaf = site.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, QLinear.of(q, input=rounding))
+        own = QLinear.of(q, input=rounding)
+        own.use("reference")  # the reader multiplies floats
+        setattr(model.get_submodule(parent), leaf, own)
     return model, qs
 
 

@@ -36,8 +36,14 @@ def _ratio(x: torch.Tensor, W: torch.Tensor, fmt: str) -> float:
 @pytest.mark.parametrize("correlated", [False, True])
 def test_the_gain_is_in_the_outlier_channels(fmt: str, correlated: bool) -> None:
     x, W = _inputs(correlated=correlated)
-    assert (0.9 if correlated else 0.99) <= _ratio(x, W, fmt) <= 1.0
+    assert (0.9 if correlated else 0.97) <= _ratio(x, W, fmt) <= 1.0
     assert 0.15 <= _ratio(with_outliers(x, 3, 40.0)[0], W, fmt) <= 0.30
+
+
+def test_channels_of_large_weights_are_scaled_down_where_inputs_say_nothing() -> None:
+    x, W = _inputs()
+    W[:, [7, 100, 201]] *= 8.0  # each sets the steps of its group
+    assert _ratio(x, W, "int4-g128") < 0.8
 
 
 def test_injected_outliers_cost_nothing_after_the_search() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from lowbit.errors import CalibrationError, RecipeError
 from lowbit.methods.base import kind, names
 from lowbit.models.graph import set_matrix, split_experts
 from lowbit.models.source import of_directory
+from lowbit.pipeline.encode import BlockWork
 from lowbit.pipeline.recipe import parse
 from lowbit.pipeline.walk import walk
 
@@ -54,6 +56,25 @@ def test_a_transformed_walk_resumes_with_the_same_codes(llama: Path, tokens: tor
     walk(source, parse(line), tokens, resumed)
     assert same_codes(resumed.codes, whole.codes)
     assert all(torch.equal(value, resumed.edited[name]) for name, value in whole.edited.items())
+
+
+def test_a_clip_after_awq_needs_no_pass_of_its_own(
+    llama: Path, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, kept, again, passes = of_directory(llama), Kept(), Kept(), []
+    observe = BlockWork._observe
+
+    def counted(self: BlockWork, *arguments: Any) -> Any:
+        passes.append(self.name)
+        return observe(self, *arguments)
+
+    monkeypatch.setattr(BlockWork, "_observe", counted)
+    walk(source, parse("awq+clip+rtn:int4-g32"), tokens, kept)
+    fewer = len(passes)
+    monkeypatch.setattr(BlockWork, "_follow", lambda *_: False)
+    walk(source, parse("awq+clip+rtn:int4-g32"), tokens, again)
+    assert len(passes) - fewer == fewer + len(source.blocks)
+    assert same_codes(kept.codes, again.codes)
 
 
 def test_two_ways_into_a_linear_are_refused(llama: Path, tokens: torch.Tensor) -> None:

@@ -48,7 +48,7 @@ def test_no_transform_changes_a_logit(family: Path, tokens: torch.Tensor, name: 
     assert sink.edited or sink.codes or name.startswith("clip")
 
 
-@pytest.mark.parametrize("line", ["awq+clip+gptq:int3-g32,damp=0.1", "rotate+gptq:int3-g32,damp=0.1"])
+@pytest.mark.parametrize("line", ["awq,steps=4+clip,steps=2+gptq:int3-g32,damp=0.1", "rotate+gptq:int3-g32,damp=0.1"])
 def test_a_transformed_walk_resumes_with_the_same_codes(llama: Path, tokens: torch.Tensor, line: str) -> None:
     source, whole = of_directory(llama), Kept()
     walk(source, parse(line), tokens, whole)
@@ -69,10 +69,10 @@ def test_a_clip_after_awq_needs_no_pass_of_its_own(
         return observe(self, *arguments)
 
     monkeypatch.setattr(BlockWork, "_observe", counted)
-    walk(source, parse("awq+clip+rtn:int4-g32"), tokens, kept)
+    walk(source, parse("awq,steps=4+clip,steps=2+rtn:int4-g32"), tokens, kept)
     fewer = len(passes)
     monkeypatch.setattr(BlockWork, "_follow", lambda *_: False)
-    walk(source, parse("awq+clip+rtn:int4-g32"), tokens, again)
+    walk(source, parse("awq,steps=4+clip,steps=2+rtn:int4-g32"), tokens, again)
     assert len(passes) - fewer == fewer + len(source.blocks)
     assert same_codes(kept.codes, again.codes)
 

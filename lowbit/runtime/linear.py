@@ -180,7 +180,8 @@ class QLinear(nn.Module):
 
     def kernel(self, x: Tensor) -> Kernel:
         """The kernel that a call with ``x`` runs."""
-        return self._choose(self._inner().spec, x)
+        inner = self._inner()
+        return self._choose(inner.spec, x, self.input if inner.exact is None else None)
 
     @property
     def only(self) -> Kernel | None:
@@ -190,7 +191,7 @@ class QLinear(nn.Module):
     def packed(self, x: Float[Tensor, "*batch in"]) -> State | None:
         """What the kernel for packed weights multiplies ``x`` by, where that and the bias are all that a call does."""
         inner = self._inner()
-        if inner.entries or self.input is not None or self._choose(inner.spec, x) is not PACKED:
+        if inner.entries or self.input is not None or self._choose(inner.spec, x, None) is not PACKED:
             return None
         state: State = self._prepared(PACKED, inner.weight, x)
         return state
@@ -213,7 +214,7 @@ class QLinear(nn.Module):
         """What ``forward`` computes; compilers see it as one operator, whose kernels are chosen when it runs."""
         inner = self._inner()
         x = inner.enter(x)
-        kernel = self._choose(inner.spec, x)
+        kernel = self._choose(inner.spec, x, self.input if inner.exact is None else None)
         if self.input is not None and not isinstance(kernel, Int8Products):
             x = self.input(x, inner.exact)
         if kernel is REFERENCE and x.requires_grad:
@@ -225,17 +226,18 @@ class QLinear(nn.Module):
         out: Tensor = y if self.bias is None else y + self.bias.to(y.dtype)
         return out
 
-    def _choose(self, spec: Spec, x: Tensor) -> Kernel:
+    def _choose(self, spec: Spec, x: Tensor, rounds: Rounding | None) -> Kernel:
         """``auto`` is the reference where gradients are wanted: other kernels have none.
 
         What was chosen for the last input serves others of its kind: asking all takes as long as a small product.
         """
         if self._only is not None:
             return self._only
-        kind = x.dtype, x.device, x.numel(), x.requires_grad, self.input
+        bounds = None if rounds is None else (id(rounds), id(rounds.low), id(rounds.high))  # a kernel holds them
+        kind = x.dtype, x.device, x.numel(), x.requires_grad, bounds
         if self._chosen is None or self._chosen[0] != kind:
             gradients = self.policy == "auto" and x.requires_grad
-            rounding = None if self.input is None else self.input.value()
+            rounding = None if rounds is None else rounds.value()
             self._chosen = kind, REFERENCE if gradients else choose(self.policy, spec, x, rounding)
         return self._chosen[1]
 

@@ -96,10 +96,10 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _open(path: str | Path, **options: Any) -> Any:
+def _open(path: str | Path, *arguments: Any, **options: Any) -> Any:
     from lowbit.codec.container import open_tensors
 
-    return open_tensors(Path(path), **options)
+    return open_tensors(Path(path), *arguments, **options)
 
 
 setattr(transformers.modeling_utils, "safe_open", _open)  # noqa: B010 - it has no other door for such files

@@ -62,6 +62,7 @@ class Int8Products:
         rounding = self.input.format.format
         return (
             isinstance(rounding.grid, IntGrid)
+            and rounding.grid.levels <= 256
             and rounding.block.kind in ("row", "tensor")
             and symmetric_int8(spec)
             and str(spec.get("block")) in ("row", "tensor")
@@ -97,7 +98,7 @@ class Int8Products:
         rounding, static = self.input.format.format, self.input.low is not None
         assert isinstance(rounding.grid, IntGrid)
         if self.input.low is not None and self.input.high is not None:
-            low, high = (bound.to(torch.float32).view(1, 1) for bound in (self.input.low, self.input.high))
+            low, high = (bound.to(rows.device, torch.float32).view(1, 1) for bound in (self.input.low, self.input.high))
         else:
             low, high = torch.aminmax(rounding.block.split(rows), dim=-1)
             low, high = low.view(-1, 1), high.view(-1, 1)

@@ -12,11 +12,9 @@ Writes the model in float32 to ``--out``: dequantised linears, and the norms tha
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-from pathlib import Path
 
-from peer import Meter, calibration_windows, most_levels, save_dense, write_report
+from peer import Meter, calibration_windows, most_levels, parser, save_dense, write_report
 
 whole = Meter()  # imports are part of what a user waits for
 
@@ -32,17 +30,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="dense Hugging Face directory")
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8 calibration text")
-    parser.add_argument("--out", type=Path, required=True, help="directory for the dequantised model")
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--observer", default="memoryless_minmax")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--observer", default="memoryless_minmax")
+    args = options.parse_args()
     torch.set_num_threads(args.threads)
     if not torch.accelerator.is_available():
         # 0.14.0.1 pins the memory of cached activations even where no device would read it, and fails; no value changes

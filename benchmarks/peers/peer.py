@@ -6,6 +6,7 @@ scorer then reads them all, and no peer's own kernels, dtype or forward enter th
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import platform
@@ -40,6 +41,20 @@ class Meter:
     def read(self) -> Cost:
         peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kibibytes on Linux
         return Cost(time.perf_counter() - self._wall, time.process_time() - self._cpu, peak_kib / 2**20)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """What every script that quantizes from text is told."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--model", type=Path, required=True, help="dense Hugging Face directory")
+    found.add_argument("--text", type=Path, required=True, help="UTF-8 calibration text")
+    found.add_argument("--out", type=Path, required=True, help="directory for the dequantised model")
+    found.add_argument("--bits", type=int, default=4)
+    found.add_argument("--group", type=int, default=64)
+    found.add_argument("--samples", type=int, default=32)
+    found.add_argument("--length", type=int, default=512)
+    found.add_argument("--threads", type=int, default=1)
+    return found
 
 
 def calibration_windows(tokenizer: Any, text: Path, samples: int, length: int) -> torch.Tensor:

@@ -242,7 +242,8 @@ class Slice:
         return self.entry.dtype
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.reader.get_tensor(self.entry.name)[index]
+        whole = as_tensor(self.entry, self.reader.read(self.entry.name))
+        return whole[index].to(self.reader.device)
 
 
 def checked(stored: Bytes, crc: int) -> Bytes:

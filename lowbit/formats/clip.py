@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -53,23 +52,11 @@ class Importance:
         """Of the errors of the block rows ``rows``, which are overwritten."""
         if self.gram is not None:
             by_column = error.transpose(0, 1)  # (columns, rows, n)
-            with tensor_cores():
-                return torch.bmm(by_column, self.gram).mul_(by_column).sum(-1).t()
+            return torch.bmm(by_column, self.gram).mul_(by_column).sum(-1).t()
         error.square_()
         if self.diagonal is not None:
             error.mul_(self.diagonal if self.diagonal.shape[0] == 1 else self.diagonal[rows])
         return error.sum(-1)
-
-
-@contextlib.contextmanager
-def tensor_cores() -> Iterator[None]:
-    """Products in TF32 on a GPU: a search compares losses that differ by far more than its rounding."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @dataclass

@@ -16,6 +16,7 @@ The clip search that follows in the paper is the step ``clip``: ``awq+clip+rtn:i
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,6 @@ import torch
 from lowbit.arrays import Float, Matrix, Tensor
 from lowbit.calibration.stats import AbsMean, Gram, Stat, Stats
 from lowbit.errors import RecipeError
-from lowbit.formats.clip import tensor_cores
 from lowbit.formats.format import Format, has_kernel
 from lowbit.methods.base import BlockView, Edit, FoldScale, Kind
 from lowbit.models.edges import Edge
@@ -103,12 +103,23 @@ def output_error(W: Matrix, s: Float[Tensor, "in"], fmt: Format, G: Float[Tensor
     dW = rounding_error(W, s, fmt)
     panel = _PANEL if W.device.type == "cpu" else _GPU_PANEL
     total = torch.zeros((), device=W.device)
-    with tensor_cores():
+    with _tensor_cores():
         for start in range(0, W.shape[1], panel):  # what lies below the diagonal is what lies above it
             here = slice(start, start + panel)
             product = (dW[:, here] @ G[here, here]).addmm_(dW[:, :start], G[:start, here], alpha=2)
             total += product.mul_(dW[:, here]).sum()
     return total
+
+
+@contextlib.contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """Products in TF32 on a GPU: a search compares losses that differ by far more than its rounding."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def rounding_error(W: Matrix, s: Float[Tensor, "in"], fmt: Format) -> Matrix:

@@ -129,7 +129,7 @@ def usable() -> list[tuple[str, bool, str]]:
     from lowbit.runtime.kernels.torch_cpu import FEW_TOKENS, INT4, INT8, works
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    whole = "int8-row-sym weights, inputs rounded to integers, 8 tokens a call and more"
+    whole = "int8-row-sym or int8-tensor-sym weights, inputs rounded to integers, 8 tokens a call and more (CUDA: 17)"
     few = f"bfloat16 activations, at most {FEW_TOKENS} tokens a call"
     return [
         ("int8-products", int8_products.exact(device), whole),
